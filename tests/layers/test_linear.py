@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading and sharding of real vLLM layers, one rank at a time, against an unsharded oracle."""
+
+import contextlib
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import vllm.model_executor.layers.linear as vllm_linear
+import vllm.model_executor.layers.vocab_parallel_embedding as vllm_vocabulary
+import vllm.model_executor.parameter as vllm_parameter
+from vllm.config import VllmConfig, set_current_vllm_config
+
+from vllm_nanoquant.config import NanoquantConfig
+from vllm_nanoquant.kernels.reference import dequantize
+from vllm_nanoquant.quantize.groups import slice_columns
+from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.recipe import ServingOptions
+
+pytestmark = pytest.mark.compat
+
+HIDDEN = 200
+MIXER = "model.layers.0.mixer"
+
+
+@contextlib.contextmanager
+def rank_of(tp_rank, tp_size):
+    """A vLLM that believes it is one rank of several."""
+    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
+        for module in (vllm_linear, vllm_parameter, vllm_vocabulary):
+            patch.setattr(module, "get_tensor_model_parallel_rank", lambda: tp_rank)
+            patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: tp_size)
+        yield
+
+
+def random_weight(rows, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+
+
+def config_of(**options):
+    return NanoquantConfig(ServingOptions(preset="full", **options))
+
+
+def assert_same(layer, expected):
+    assert not hasattr(layer, "weight")
+    assert torch.equal(layer.weight_packed, expected.packed)
+    assert torch.equal(layer.weight_scale, expected.scale)
+    assert torch.equal(layer.weight_zero_point, expected.zero_point)
+    assert layer.quant_method.group_offset == expected.group_offset
+
+
+def assert_multiplies(layer, expected, bias=None):
+    """The layer's product is x by its dequantized weight, within bf16."""
+    x = random_weight(3, expected.in_features, seed=9)
+    weight = dequantize(
+        expected.packed,
+        expected.scale,
+        expected.zero_point,
+        expected.in_features,
+        expected.group_size,
+        expected.group_offset,
+        torch.float64,
+    )
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    found = layer.quant_method.apply(layer, x, bias)
+    assert (found.double() - exact).abs().mean() <= 5e-3 * exact.abs().mean()
+
+
+def rows_of(weight, parts, tp_rank, tp_size):
+    """The rows of a rank when each part is split over the ranks on its own."""
+    return torch.cat([part.chunk(tp_size)[tp_rank] for part in weight.split(parts)])
+
+
+RANKS = [(0, 1), (0, 2), (1, 2), (1, 4), (3, 4), (5, 8)]
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
+def test_mamba_in_proj_shards_each_of_its_parts(tp_rank, tp_size):
+    parts = [64, 64, 32, 32, 8]  # gate, x, B, C, dt
+    with rank_of(tp_rank, tp_size):
+        layer = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, parts, bias=False, quant_config=config_of(), prefix=f"{MIXER}.in_proj"
+        )
+        weight = random_weight(sum(parts), HIDDEN)
+        layer.weight.weight_loader(layer.weight, weight)  # fused on disk
+    expected = quantize_minmax(rows_of(weight, parts, tp_rank, tp_size), 128)
+    assert_same(layer, expected)
+    assert_multiplies(layer, expected)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
+def test_a_row_parallel_share_may_start_inside_a_group(tp_rank, tp_size, group_size):
+    columns = 8 * 85  # a share of 85, 170, 340: inside a group, and odd
+    config = config_of(group_size=group_size)
+    with rank_of(tp_rank, tp_size):
+        layer = vllm_linear.RowParallelLinear(
+            columns, 48, bias=False, quant_config=config, prefix=f"{MIXER}.down_proj"
+        )
+        weight = random_weight(48, columns)
+        layer.weight.weight_loader(layer.weight, weight)
+    share = columns // tp_size
+    whole = quantize_minmax(weight, group_size)
+    expected = slice_columns(whole, tp_rank * share, (tp_rank + 1) * share)
+    assert_same(layer, expected)
+    assert_multiplies(layer, expected)
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
+def test_qkv_with_fewer_kv_heads_than_ranks(tp_rank, tp_size):
+    heads, kv_heads, size = 8, 2, 16
+    weights = {"q": heads * size, "k": kv_heads * size, "v": kv_heads * size}
+    weights = {name: random_weight(rows, HIDDEN, seed=rows) for name, rows in weights.items()}
+    with rank_of(tp_rank, tp_size):
+        layer = vllm_linear.QKVParallelLinear(
+            HIDDEN, size, heads, kv_heads, False, quant_config=config_of(),
+            prefix=f"{MIXER}.qkv_proj",
+        )  # fmt: skip
+        for name, weight in weights.items():
+            layer.weight.weight_loader(layer.weight, weight, name)
+    kv_parts = min(tp_size, kv_heads)
+    kv_rank = tp_rank * kv_parts // tp_size
+    mine = [
+        weights["q"].chunk(tp_size)[tp_rank],
+        weights["k"].chunk(kv_parts)[kv_rank],
+        weights["v"].chunk(kv_parts)[kv_rank],
+    ]
+    assert_same(layer, quantize_minmax(torch.cat(mine), 128))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_is_loaded_and_added(bias):
+    with rank_of(0, 1):
+        layer = vllm_linear.ColumnParallelLinear(
+            HIDDEN, 40, bias=bias, params_dtype=torch.bfloat16, quant_config=config_of(),
+            prefix=f"{MIXER}.up_proj",
+        )  # fmt: skip
+        weight, offset = random_weight(40, HIDDEN), random_weight(1, 40, seed=5)[0]
+        layer.weight.weight_loader(layer.weight, weight)
+        if bias:
+            assert hasattr(layer, "weight"), "quantized before the bias was there"
+            layer.bias.weight_loader(layer.bias, offset)
+    expected = quantize_minmax(weight, 128)
+    assert_same(layer, expected)
+    assert_multiplies(layer, expected, layer.bias if bias else None)
+
+
+def test_a_replicated_layer_is_whole_on_every_rank():
+    with rank_of(1, 2):
+        layer = vllm_linear.ReplicatedLinear(
+            HIDDEN, 40, bias=False, quant_config=config_of(), prefix=f"{MIXER}.up_proj"
+        )
+        weight = random_weight(40, HIDDEN)
+        layer.weight.weight_loader(layer.weight, weight)
+    assert_same(layer, quantize_minmax(weight, 128))
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 2), (1, 2), (3, 4)])
+def test_a_padded_vocabulary_has_rows_of_exact_zeros(tp_rank, tp_size):
+    vocabulary = 150  # padded to 192, or to 256 for four ranks
+    with rank_of(tp_rank, tp_size):
+        layer = vllm_vocabulary.ParallelLMHead(
+            vocabulary, HIDDEN, params_dtype=torch.bfloat16, quant_config=config_of(),
+            prefix="lm_head",
+        )  # fmt: skip
+        weight = random_weight(vocabulary, HIDDEN)
+        layer.weight.weight_loader(layer.weight, weight)
+        if hasattr(layer, "weight"):  # vLLM 0.26 waits for the padding until the end of loading
+            from vllm.model_executor.model_loader.reload.layerwise import (
+                finalize_layerwise_processing,
+            )
+
+            finalize_layerwise_processing(layer, None)
+    rows = layer.num_embeddings_per_partition
+    padded = torch.zeros(rows * tp_size, HIDDEN, dtype=torch.bfloat16)
+    padded[:vocabulary] = weight
+    expected = quantize_minmax(padded[tp_rank * rows : (tp_rank + 1) * rows], 128)
+    assert_same(layer, expected)
+    assert_multiplies(layer, expected)
+
+
+def test_the_bf16_weight_takes_no_memory_until_it_is_loaded():
+    with rank_of(0, 1):
+        layer = vllm_linear.ColumnParallelLinear(
+            HIDDEN, 40, bias=False, quant_config=config_of(), prefix=f"{MIXER}.up_proj"
+        )
+    assert layer.weight.is_meta
+    assert config_of().ledger.pending == set()
+    assert layer.quant_method.config.ledger.pending == {f"{MIXER}.up_proj"}
+
+
+def test_a_single_group_in_proj_is_refused_over_several_ranks():
+    with rank_of(0, 2), pytest.raises(ValueError, match=r"in_proj has one B/C group.*2 tensor-par"):
+        vllm_linear.ColumnParallelLinear(
+            HIDDEN, 64, bias=False, quant_config=config_of(), prefix=f"{MIXER}.in_proj"
+        )
+
+
+@pytest.mark.parametrize("prefix", [f"{MIXER}.gate", f"{MIXER}.conv1d"])
+def test_what_no_preset_names_stays_unquantized(prefix):
+    with rank_of(0, 1):
+        layer = vllm_linear.ColumnParallelLinear(
+            HIDDEN, 64, bias=False, quant_config=config_of(), prefix=prefix
+        )
+    assert isinstance(layer.quant_method, vllm_linear.UnquantizedLinearMethod)

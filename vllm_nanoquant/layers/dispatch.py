@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which method a layer gets, by its class and by the recipe."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+from vllm_nanoquant.layers.linear import NanoquantLinearMethod
+
+if TYPE_CHECKING:
+    from vllm_nanoquant.config import NanoquantConfig
+
+
+def method_for(
+    config: "NanoquantConfig", layer: torch.nn.Module, prefix: str
+) -> QuantizeMethodBase | None:
+    """Method of one layer.
+
+    Returns:
+        Our method for what the recipe covers; vLLM's unquantized one for other linear layers;
+        None for anything else, which vLLM takes as "leave it alone".
+    """
+    if not isinstance(layer, LinearBase | ParallelLMHead):
+        return None
+    scheme = config.scheme_for(prefix)
+    if scheme is not None:
+        return NanoquantLinearMethod(config, scheme, prefix)
+    return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

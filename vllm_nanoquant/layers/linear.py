@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear method: bf16 weights in, int4 weights kept, one opaque product out.
+
+A layer is built with its BF16 weight on the meta device, which costs nothing. vLLM collects what
+the checkpoint brings for it, and when all is there gives the weight real memory, fills it, and
+calls ``process_weights_after_loading``; then the BF16 weight goes. So one layer's BF16 weight is in
+memory at a time. Dummy weights and weight reloading take the same road.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from vllm_nanoquant import compat
+from vllm_nanoquant.kernels.ops import w4a16, warm_up
+from vllm_nanoquant.layers.sharding import ColumnShare, column_share
+from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
+from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.recipe import METHOD, Scheme
+
+if TYPE_CHECKING:
+    from vllm_nanoquant.config import NanoquantConfig
+
+logger = compat.init_logger(__name__)
+
+# vLLM's name: it deletes the attribute before it processes a layer again for a reload.
+_PROCESSED = "_already_called_process_weights_after_loading"
+
+
+class GroupAlignedWeight(ModelWeightParameter):
+    """A rank's BF16 weight [N, columns read], with all columns of the groups that it touches."""
+
+    columns: ColumnShare
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """Copy this rank's columns, and the rest of their groups, of the whole weight [N, K]."""
+        columns = self.columns
+        part = loaded_weight.narrow(self.input_dim, columns.read_start, columns.columns_read)
+        self.data.copy_(part)
+
+
+@register_weight_loader_v2_supported_method
+class NanoquantLinearMethod(LinearMethodBase):
+    """Quantizes a layer's weight when it has been loaded, and multiplies by it.
+
+    Covers replicated, column-, row-, merged- and QKV-parallel layers, and the LM head.
+    """
+
+    uses_meta_device = True
+    """Tells vLLM's loaders that the weights are quantized while loading."""
+
+    def __init__(self, config: "NanoquantConfig", scheme: Scheme, prefix: str) -> None:
+        """Make the method of one layer.
+
+        Args:
+            config: the engine's config; its ledger keeps count.
+            scheme: group size and algorithm.
+            prefix: vLLM's full name of the layer.
+        """
+        self.config = config
+        self.scheme = scheme
+        self.prefix = prefix
+        self.group_offset = 0
+        # Dummy weights never come through a loader, so there is nothing to count.
+        self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer its BF16 weight, on the meta device.
+
+        Raises:
+            ValueError: a Mamba in_proj whose single B/C group would be split over ranks.
+        """
+        self._refuse_single_group_in_proj(layer)
+        rank = getattr(layer, "tp_rank", 0)
+        columns = column_share(input_size, input_size_per_partition, rank, self.scheme.group_size)
+        rows = sum(output_partition_sizes)
+        weight = GroupAlignedWeight(
+            data=torch.empty(rows, columns.columns_read, device="meta", dtype=params_dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs["weight_loader"],
+        )
+        weight.columns = columns
+        # Rows that only pad the vocabulary are never loaded (vLLM 0.32 and later read this).
+        weight.weight_loader_numel = self._rows_to_load(layer, rows) * columns.columns_read
+        layer.register_parameter("weight", weight)
+        self.group_offset = columns.kept[0]
+        self.config.ledger.expect(self.prefix)
+        compat.process_when_loaded(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace the layer's BF16 weight by int4; called twice by vLLM, works once.
+
+        Raises:
+            ValueError: the checkpoint lacks part of the weight, or it is not finite.
+        """
+        if getattr(layer, _PROCESSED, False):
+            return
+        weight = layer.weight
+        self._require_all_loaded(layer, weight)
+        try:
+            quantized = quantize_minmax(weight.data, self.scheme.group_size)
+        except ValueError as error:
+            raise ValueError(f"{METHOD}: {self.prefix}.weight: {error}") from error
+        columns = weight.columns
+        dtype = weight.dtype
+        bytes_before = weight.shape[0] * (columns.stop - columns.start) * weight.element_size()
+        if columns.kept != (0, columns.columns_read):
+            quantized = slice_columns(quantized, *columns.kept)
+        del layer.weight, weight
+        self._keep(layer, quantized, dtype)
+        setattr(layer, _PROCESSED, True)
+        if self.config.ledger.finish(self.prefix, bytes_before, quantized.nbytes):
+            logger.info("%s: %s", METHOD, self.config.ledger.summary(self._recipe_in_words()))
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
+        return w4a16(
+            x,
+            layer.weight_packed,
+            layer.weight_scale,
+            layer.weight_zero_point,
+            bias,
+            self.scheme.group_size,
+            self.group_offset,
+        )
+
+    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
+        """Register the int4 tensors, and compile the kernels that they will meet while serving."""
+        for name, tensor in (
+            ("weight_packed", quantized.packed),
+            ("weight_scale", quantized.scale),
+            ("weight_zero_point", quantized.zero_point),
+        ):
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        warm_up(
+            layer.weight_packed,
+            layer.weight_scale,
+            layer.weight_zero_point,
+            getattr(layer, "bias", None),
+            quantized.in_features,
+            quantized.group_size,
+            quantized.group_offset,
+            dtype,
+        )
+
+    def _refuse_single_group_in_proj(self, layer: torch.nn.Module) -> None:
+        """Refuse the one layer whose loader vLLM replaces: our weight would stay unfilled."""
+        replaced = type(layer) is ColumnParallelLinear and self.prefix.endswith(".in_proj")
+        if replaced and layer.tp_size > 1:
+            raise ValueError(
+                f"{METHOD}: {self.prefix} has one B/C group, which cannot be quantized over "
+                f"{layer.tp_size} tensor-parallel ranks; use --tensor-parallel-size 1, or keep it "
+                'in BF16 with ignore ["*.in_proj"]'
+            )
+
+    @staticmethod
+    def _rows_to_load(layer: torch.nn.Module, rows: int) -> int:
+        if isinstance(layer, ParallelLMHead):
+            return int(layer.shard_indices.num_org_elements)
+        return rows
+
+    def _require_all_loaded(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
+        bias = getattr(layer, "bias", None)
+        expected = weight.weight_loader_numel + (0 if bias is None else bias.numel())
+        found = compat.loaded_elements(layer) if self.counts_loads else expected
+        if found < expected:
+            raise ValueError(
+                f"{METHOD}: the checkpoint gives {self.prefix} only {found} of its {expected} "
+                "weights; a tensor is missing or a shard of the checkpoint is. Compare its "
+                "files with model.safetensors.index.json and fetch them again"
+            )
+
+    def _recipe_in_words(self) -> str:
+        options = self.config.options
+        return f"preset {options.preset}, group size {options.group_size}, {options.algorithm}"

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which input columns a tensor-parallel rank needs to quantize its share of a layer.
+
+The groups of a row-parallel layer may straddle ranks: with K = 672 in groups of 128 over two ranks,
+rank 1 starts 80 columns inside group 2. To give that group the same scale on both, each rank reads
+all columns of the groups it touches, quantizes them, and cuts its share out of the result:
+
+    columns   0     128     256 . 336   384     512     640 672
+    groups    |  0   |   1   |    2 .    |   3   |   4   | 5 |
+    rank 0    [==================]......
+    rank 1                  .....[=============================]      = kept   . only read
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ColumnShare:
+    """The input columns of one rank, and the whole groups around them."""
+
+    start: int
+    """First column of the rank, in the whole layer."""
+    stop: int
+    """One past its last column."""
+    read_start: int
+    """First column to read: where the group of ``start`` begins."""
+    read_stop: int
+    """One past the last column to read: where the group of ``stop - 1`` ends."""
+
+    @property
+    def columns_read(self) -> int:
+        """Number of columns to read."""
+        return self.read_stop - self.read_start
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Range of the rank's own columns among those that were read."""
+        return self.start - self.read_start, self.stop - self.read_start
+
+
+def column_share(in_features: int, share: int, rank: int, group_size: int) -> ColumnShare:
+    """Share of ``rank`` when K = ``in_features`` columns are split into runs of ``share``.
+
+    Args:
+        in_features: K of the whole layer.
+        share: K of one rank; K itself where the layer does not split its input.
+        rank: tensor-parallel rank; ignored where the layer does not split its input.
+        group_size: inputs per scale.
+    """
+    start = rank * share if share < in_features else 0
+    stop = start + share
+    return ColumnShare(
+        start=start,
+        stop=stop,
+        read_start=start // group_size * group_size,
+        read_stop=min(-(-stop // group_size) * group_size, in_features),
+    )
