@@ -9,9 +9,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-TINY_MODEL = Path(
-    os.environ.get("TM") or Path(__file__).parent.parent / "models" / "tiny-nemotron-h"
-)
+TINY_MODEL = Path(__file__).parent.parent / "models" / "tiny-nemotron-h"
 
 
 @pytest.fixture(scope="session")
