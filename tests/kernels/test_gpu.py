@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The op on a GPU: real shapes, odd ones, CUDA graphs, determinism, and no late compilation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.kernels.problem import TOLERANCE, Problem, mean_relative_error, random_problem
+from vllm_nanoquant.kernels.ops import DECODE_LIMIT, w4a16, warm_up
+from vllm_nanoquant.quantize.groups import slice_columns
+from vllm_nanoquant.quantize.minmax import quantize_minmax
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 64, 300)
+# N, K, group size, group offset: Nemotron-Nano-9B-v2, its down_proj on rank 1 of 2, and odd ones.
+SHAPES = [
+    (22656, 4480, 128, 0),
+    (4480, 10240, 128, 0),
+    (15680, 4480, 128, 0),
+    (4480, 15680, 128, 0),
+    (4480, 7840, 128, 32),
+    (7168, 4480, 64, 0),
+    (4480, 5120, 32, 0),
+    (1, 1, 32, 0),
+    (3, 17, 64, 63),
+    (129, 131, 64, 32),
+    (1000, 2049, 128, 77),
+    (333, 4095, 32, 1),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def poison_free_memory() -> None:
+    """Leave NaN in the memory that the allocator hands out next."""
+    junk = [torch.full((1 << size,), float("nan"), device="cuda") for size in range(4, 26)]
+    del junk
+
+
+def cuda_problem(tokens: int, *shape: int, **options: object) -> Problem:
+    return random_problem(tokens, *shape, device="cuda", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accuracy(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    whole = cuda_problem(max(TOKENS), *shape, bias=True, dtype=dtype)
+    for bias in (None, whole.bias):
+        expected = replace(whole, bias=bias).expected()
+        for tokens in TOKENS:
+            poison_free_memory()
+            y = w4a16(*Problem(whole.x[:tokens], whole.weight, bias).arguments())
+            assert y.shape == (tokens, shape[0]) and y.dtype == dtype
+            assert mean_relative_error(y, expected[:tokens]) <= TOLERANCE
+
+
+def test_lm_head_goes_through_a_bounded_scratch() -> None:
+    problem = cuda_problem(40, 131072, 4480)
+    expected = problem.expected()
+    warm_up(*problem.arguments()[1:5], 4480, 128)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = w4a16(*problem.arguments())
+    assert torch.cuda.max_memory_allocated() - before <= (256 << 20) + y.nbytes + (1 << 20)
+    assert mean_relative_error(y, expected) <= TOLERANCE
+
+
+def test_no_tokens() -> None:
+    problem = cuda_problem(0, 100, 64, 32)
+    assert w4a16(*problem.arguments()).shape == (0, 100)
+    problem.x = torch.empty(2, 0, 64, device="cuda", dtype=torch.bfloat16)
+    assert w4a16(*problem.arguments()).shape == (2, 0, 100)
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_strided_and_misaligned_tokens(tokens: int) -> None:
+    problem = cuda_problem(tokens, 4480, 5120)
+    expected = w4a16(*problem.arguments())
+    x = problem.x
+    wide = torch.full((tokens, 6000), float("nan"), device="cuda", dtype=x.dtype)
+    wide[:, 5:5125] = x
+    shifted = torch.empty(x.numel() + 1, device="cuda", dtype=x.dtype)[1:].view_as(x).copy_(x)
+    assert shifted.data_ptr() % 16
+    for other in (x.t().contiguous().t(), wide[:, 5:5125], shifted, x.view(2, tokens // 2, -1)):
+        y = w4a16(*replace(problem, x=other).arguments())
+        assert torch.equal(y.view_as(expected), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_is_deterministic_and_rows_stand_alone(shape: tuple[int, int, int, int]) -> None:
+    problem = cuda_problem(DECODE_LIMIT, *shape, bias=True)
+    y = w4a16(*problem.arguments())
+    for _ in range(5):
+        poison_free_memory()
+        assert torch.equal(w4a16(*problem.arguments()), y)
+    for tokens in range(1, DECODE_LIMIT + 1):
+        part = replace(problem, x=problem.x[DECODE_LIMIT - tokens :])
+        assert torch.equal(w4a16(*part.arguments()), y[DECODE_LIMIT - tokens :])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 32])
+@pytest.mark.parametrize("shape", [(4480, 10240, 128, 0), (22656, 4480, 128, 0)])
+def test_cuda_graph(shape: tuple[int, int, int, int], tokens: int) -> None:
+    problem = cuda_problem(tokens, *shape, bias=True)
+    warm_up(*problem.arguments()[1:5], shape[1], 128)
+    w4a16(*problem.arguments())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = w4a16(*problem.arguments())
+    for _ in range(3):
+        problem.x.copy_(torch.randn_like(problem.x))
+        expected = w4a16(*problem.arguments())
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+def test_nothing_compiles_after_the_warm_up() -> None:
+    from vllm_nanoquant.kernels import decode, prefill
+
+    kernels = (decode.decode_kernel, decode.reduce_kernel, prefill.dequantize_kernel)
+
+    def compiled() -> list[int]:
+        return [len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels]
+
+    problem = cuda_problem(300, 2240, 1600, 64, bias=True)
+    warm_up(*problem.arguments()[1:5], 1600, 64)
+    before = compiled()
+    for tokens in range(1, 301):
+        w4a16(*replace(problem, x=problem.x[300 - tokens :]).arguments())
+    assert compiled() == before
+
+
+def test_fp32_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"x is torch\.float32; on a GPU"):
+        w4a16(*cuda_problem(2, 20, 64, 32, dtype=torch.float32).arguments())
+
+
+def test_tensor_parallel_shares_add_up() -> None:
+    weight = quantize_minmax(torch.randn(4480, 15680, device="cuda"), 128)
+    x = torch.randn(4, 15680, device="cuda", dtype=torch.bfloat16)
+    expected = Problem(x, weight, None).expected()
+    total = torch.zeros_like(expected)
+    for start in (0, 7840):
+        part = slice_columns(weight, start, start + 7840)
+        total += w4a16(*Problem(x[:, start : start + 7840], part, None).arguments())
+    assert mean_relative_error(total, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(3000, 4480), (333, 1000), (4480, 15681)])
+def test_quantizes_to_the_same_bytes_as_a_cpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = (torch.randn(shape) * 0.02).to(dtype)
+    weight[0] = 0.0
+    weight[1, :64] = -0.0
+    weight[2:4] *= 1e-5
+    here, there = quantize_minmax(weight, 64), quantize_minmax(weight.cuda(), 64)
+    assert torch.equal(there.packed.cpu(), here.packed)
+    for name in ("scale", "zero_point"):
+        bits = getattr(there, name).cpu().view(torch.int16)
+        assert torch.equal(bits, getattr(here, name).view(torch.int16))
+
+
+def test_quantizing_fits_beside_the_weight() -> None:
+    weight = torch.randn(22656, 4480, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = quantize_minmax(weight, 128)
+    assert torch.cuda.max_memory_allocated() - before - result.nbytes <= 64 << 20

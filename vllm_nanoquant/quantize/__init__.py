@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantizers: tensors in, tensors out. Nothing here imports vLLM."""

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asymmetric min-max quantization to int4: round to nearest, no calibration data."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_nanoquant.quantize.groups import (
+    GROUP_SIZES,
+    QuantizedWeight,
+    group_count,
+    pack_nibbles,
+)
+
+# Weights quantized at a time. Temporaries take about 6.5 bytes per weight: 27 MB.
+CHUNK_WEIGHTS = 1 << 22
+
+
+def quantize_minmax(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
+    """Quantize W [N, K] (bf16, fp16 or fp32) on the device it is on.
+
+    Per row and group of `group_size` columns, the last one ragged when the size does not divide K:
+    `scale = (max - min) / 15` and `zero_point = min / scale` with min <= 0 <= max, both rounded to
+    bf16, and `q = clamp(round(w / scale - zero_point), 0, 15)` with the rounded values, ties to
+    even. The arithmetic is fp32 and gives the same bytes on every device. A group whose scale
+    rounds to 0 gets q = 0, zero point 0 and scale 1: it comes back as exact zeros.
+
+    Temporaries stay under 64 MB (one row's worth if a row alone needs more); the device is waited
+    for once. Raises ValueError for another dtype, an empty weight, an unknown group size, or
+    weights that are not finite (how many, and the first row).
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"expected a non-empty weight [N, K], got shape {list(weight.shape)}")
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"expected a weight in bf16, fp16 or fp32, got {weight.dtype}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}; it must be one of {GROUP_SIZES}")
+    rows, columns = weight.shape
+    groups = group_count(columns, group_size)
+    packed = torch.empty(((columns + 1) // 2, rows), dtype=torch.uint8, device=weight.device)
+    scale = torch.empty((groups, rows), dtype=torch.bfloat16, device=weight.device)
+    zero_point = torch.empty_like(scale)
+    chunk = min(rows, max(1, CHUNK_WEIGHTS // (groups * group_size)))
+    # Zero columns pad the ragged group; they change neither min(0, ...) nor max(0, ...).
+    work = torch.zeros((chunk, groups * group_size), dtype=torch.float32, device=weight.device)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        values = work[: part.stop - start]
+        values[:, :columns] = weight[part]
+        part_scale, part_zero = _quantize_chunk(values.view(-1, groups, group_size))
+        scale[:, part] = part_scale.t()
+        zero_point[:, part] = part_zero.t()
+        packed[:, part] = pack_nibbles(values[:, :columns].to(torch.uint8))
+        values[:, columns:] = 0.0
+    # A NaN or an infinity anywhere in a group makes its scale NaN or infinite.
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(_describe_non_finite(weight, scale))
+    return QuantizedWeight(packed, scale, zero_point, group_size, columns)
+
+
+def _quantize_chunk(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace fp32 values [rows, G, g] by their integers; return scale and zero point [rows, G]."""
+    low = values.amin(dim=-1).clamp_(max=0.0)
+    high = values.amax(dim=-1).clamp_(min=0.0)
+    # Divide by a tensor: CUDA turns a division by a Python number into a multiplication by its
+    # reciprocal, which rounds differently from the CPU.
+    steps = torch.full((), 15.0, dtype=torch.float32, device=values.device)
+    scale = ((high - low) / steps).to(torch.bfloat16)
+    empty = scale == 0
+    scale.masked_fill_(empty, 1.0)
+    # + 0.0 turns -0.0 into 0.0: which of the two a minimum over both returns is not defined.
+    zero_point = (low / scale.float()).masked_fill_(empty, 0.0).to(torch.bfloat16).add_(0.0)
+    values.div_(scale.float().unsqueeze(-1))
+    values.sub_(zero_point.float().unsqueeze(-1)).round_().clamp_(0.0, 15.0)
+    return scale, zero_point
+
+
+def _describe_non_finite(weight: torch.Tensor, scale: torch.Tensor) -> str:
+    """What is wrong with a weight [N, K] that gave a scale [G, N] that is not finite."""
+    chunk = max(1, CHUNK_WEIGHTS // weight.shape[1])
+    bad = torch.cat([(~torch.isfinite(part)).sum(dim=1) for part in weight.split(chunk)])
+    if not bool(bad.any()):
+        row = int((~torch.isfinite(scale)).any(dim=0).nonzero()[0])
+        return f"the range of a group in row {row} (max - min) is beyond fp32"
+    row = int(bad.nonzero()[0])
+    return f"{int(bad.sum())} weights are not finite (NaN or infinite); the first is in row {row}"
