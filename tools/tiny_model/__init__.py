@@ -1,0 +1,1 @@
+"""Building blocks of ``tools/train_tiny_model.py``: text, tokenizer, model, training, export."""
