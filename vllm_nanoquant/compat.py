@@ -19,6 +19,7 @@ __all__ = [
     "MAX_VLLM",
     "MIN_VLLM",
     "checkpoint_tensors",
+    "fill_on_cpu",
     "init_logger",
     "loaded_elements",
     "map_names",
@@ -87,6 +88,17 @@ def process_when_loaded(layer: torch.nn.Module) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
     initialize_online_processing(layer)
+
+
+def fill_on_cpu(layer: torch.nn.Module) -> None:
+    """Have vLLM give the layer's meta parameters memory on the CPU, not on the GPU.
+
+    For weights too large to stand whole on the GPU beside the model (``model_loader/reload``, 0.26
+    to 0.33).
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    get_layerwise_info(layer).restore_device = torch.device("cpu")
 
 
 def loaded_elements(layer: torch.nn.Module) -> int:

@@ -36,6 +36,7 @@ def decode_rate(llm: LLM, batch_size: int, tokens: int, repeats: int) -> dict[st
     The time for `tokens` tokens less the time for one, over the tokens between.
     """
     rates = []
+    seconds(llm, prompts(batch_size, PROMPT, 1), 1)  # the first call of a shape is slower
     for repeat in range(repeats):
         batch = prompts(batch_size, PROMPT, 1000 * repeat)
         first = seconds(llm, batch, 1)

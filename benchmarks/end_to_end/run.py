@@ -88,7 +88,8 @@ def measure(arguments: argparse.Namespace, preset: str, log: Path) -> dict[str, 
         if hit := re.search(pattern, text):
             result[name] = float(hit[1])
     result["plugin"] = re.findall(rf"{METHOD}: (quantized .*)$", text, re.MULTILINE)
-    result["jit_after_warm_up"] = len(re.findall(r"JIT compil\w+ during inference", text))
+    late = re.findall(r"kernel JIT compilation during inference: (\w+)", text)
+    result["kernels_compiled_while_serving"] = sorted(set(late))
     return result
 
 

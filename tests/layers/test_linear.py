@@ -15,6 +15,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.kernels.reference import dequantize
+from vllm_nanoquant.layers import linear
 from vllm_nanoquant.quantize.groups import slice_columns
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import ServingOptions
@@ -206,3 +207,38 @@ def test_what_no_preset_names_stays_unquantized(prefix):
             HIDDEN, 64, bias=False, quant_config=config_of(), prefix=prefix
         )
     assert isinstance(layer.quant_method, vllm_linear.UnquantizedLinearMethod)
+
+
+def test_a_very_large_weight_is_filled_on_the_cpu_and_gives_the_same_bytes(monkeypatch):
+    filled = []
+    monkeypatch.setattr(linear.compat, "fill_on_cpu", filled.append)
+    monkeypatch.setattr(linear, "LARGE_WEIGHT_BYTES", 40 * HIDDEN * 2 - 1)
+    with rank_of(0, 1):
+        layer = vllm_linear.ColumnParallelLinear(
+            HIDDEN, 40, bias=False, params_dtype=torch.bfloat16, quant_config=config_of(),
+            prefix=f"{MIXER}.up_proj",
+        )  # fmt: skip
+        weight = random_weight(40, HIDDEN)
+        parameter = layer.weight
+        layer.weight.weight_loader(layer.weight, weight)
+    assert filled == [layer]
+    assert_same(layer, quantize_minmax(weight, 128))
+    assert parameter.is_meta
+
+
+def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):
+    held = []
+    original = linear.quantize_minmax
+
+    def keep(data, *rest):
+        held.append(layer.weight)
+        return original(data, *rest)
+
+    monkeypatch.setattr(linear, "quantize_minmax", keep)
+    with rank_of(0, 1):
+        layer = vllm_linear.ColumnParallelLinear(
+            HIDDEN, 40, bias=False, quant_config=config_of(), prefix=f"{MIXER}.up_proj"
+        )
+        layer.weight.weight_loader(layer.weight, random_weight(40, HIDDEN))
+    (parameter,) = held
+    assert parameter.numel() == 0

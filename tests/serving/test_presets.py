@@ -11,8 +11,9 @@ pytestmark = [pytest.mark.compat, pytest.mark.slow]
 # 3 down_proj, qkv_proj and o_proj, lm_head. `quality` leaves layers 0, 1, 2 (feeds attention),
 # 5 and 6: of seven layers only the MLP of layer 4 remains.
 MODULES = {"ssm": 6, "balanced": 12, "quality": 2, "full": 15}
-# Cost in held-out perplexity that plain min-max may have. 5 % and 10 % are the project's goals.
-LIMITS = {"ssm": 1.05, "balanced": 1.10, "quality": 1.05, "full": 1.15}
+# Held-out perplexity over that of BF16. The project's goals for plain min-max are 1.05 for `ssm`
+# and 1.10 for `balanced`; these are about twice what was measured (benchmarks/results).
+LIMITS = {"ssm": 1.01, "balanced": 1.01, "quality": 1.01, "full": 1.025, "g32": 1.01, "g64": 1.01}
 
 
 @pytest.fixture(scope="module")
@@ -35,23 +36,16 @@ def test_a_preset_quantizes_what_it_names(reports, preset):
     assert sum(line in text for text in report["log"]) == 1
 
 
-@pytest.mark.parametrize("preset", MODULES)
-def test_what_a_preset_costs_in_perplexity(reports, preset, record_property):
-    cost = perplexity(reports[preset]) / perplexity(reports["bf16"])
-    record_property("perplexity", perplexity(reports[preset]))
-    assert 0.97 < cost < LIMITS[preset]
-
-
-def test_smaller_groups_cost_less(reports):
-    by_group = [perplexity(reports[name]) for name in ("g32", "balanced", "bf16")]
-    assert by_group[0] < by_group[1]
-    assert perplexity(reports["g64"]) < 1.10 * by_group[2]
+@pytest.mark.parametrize("name", LIMITS)
+def test_what_int4_costs_in_perplexity(reports, name):
+    cost = perplexity(reports[name]) / perplexity(reports["bf16"])
+    assert 0.99 < cost < LIMITS[name]
 
 
 def test_int4_still_writes_like_the_model(reports):
-    for exact, int4 in zip(reports["bf16"]["texts"], reports["balanced"]["texts"], strict=True):
-        assert int4.strip()
-        assert int4.split()[0] == exact.split()[0], (exact, int4)
+    both = zip(reports["bf16"]["texts"], reports["balanced"]["texts"], strict=True)
+    same = [exact.split()[:3] == int4.split()[:3] for exact, int4 in both]
+    assert sum(same) >= 2, reports
 
 
 def test_dummy_weights_load(reports):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -137,3 +138,10 @@ def test_the_command_line_names_the_right_flag(tiny_model, wrong, right):
     assert done.returncode == 2
     assert right in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", [*WRONG_OPTIONS, *OTHERS])
+def test_the_documentation_lists_each_of_them(name):
+    page = Path(__file__).parents[2] / "docs" / "errors.md"
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert any(name.lower() in row.lower() for row in rows)

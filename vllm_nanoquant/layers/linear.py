@@ -4,7 +4,8 @@
 A layer is built with its BF16 weight on the meta device, which costs nothing. vLLM collects what
 the checkpoint brings for it, and when all is there gives the weight real memory, fills it, and
 calls ``process_weights_after_loading``; then the BF16 weight goes. So one layer's BF16 weight is in
-memory at a time. Dummy weights and weight reloading take the same road.
+memory at a time; a very large one (an LM head) stays on the CPU, and its rows pass through the GPU
+in chunks. Dummy weights and weight reloading take the same road.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from vllm_nanoquant.config import NanoquantConfig
 
 logger = compat.init_logger(__name__)
+
+LARGE_WEIGHT_BYTES = 512 << 20
+"""A larger BF16 weight is not put on the GPU whole; an LM head [131072, 4480] takes 1.17 GB."""
 
 # vLLM's name: it deletes the attribute before it processes a layer again for a reload.
 _PROCESSED = "_already_called_process_weights_after_loading"
@@ -70,6 +74,7 @@ class NanoquantLinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.prefix = prefix
         self.group_offset = 0
+        self.device = torch.get_default_device()
         # Dummy weights never come through a loader, so there is nothing to count.
         self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
 
@@ -105,6 +110,8 @@ class NanoquantLinearMethod(LinearMethodBase):
         self.group_offset = columns.kept[0]
         self.config.ledger.expect(self.prefix)
         compat.process_when_loaded(layer)
+        if weight.nbytes > LARGE_WEIGHT_BYTES:
+            compat.fill_on_cpu(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the layer's BF16 weight by int4; called twice by vLLM, works once.
@@ -117,7 +124,7 @@ class NanoquantLinearMethod(LinearMethodBase):
         weight = layer.weight
         self._require_all_loaded(layer, weight)
         try:
-            quantized = quantize_minmax(weight.data, self.scheme.group_size)
+            quantized = quantize_minmax(weight.data, self.scheme.group_size, self.device)
         except ValueError as error:
             raise ValueError(f"{METHOD}: {self.prefix}.weight: {error}") from error
         columns = weight.columns
@@ -125,7 +132,9 @@ class NanoquantLinearMethod(LinearMethodBase):
         bytes_before = weight.shape[0] * (columns.stop - columns.start) * weight.element_size()
         if columns.kept != (0, columns.columns_read):
             quantized = slice_columns(quantized, *columns.kept)
-        del layer.weight, weight
+        # vLLM's loader still holds the parameter; its memory is wanted now.
+        weight.data = weight.data.new_empty(0)
+        del layer.weight
         self._keep(layer, quantized, dtype)
         setattr(layer, _PROCESSED, True)
         if self.config.ledger.finish(self.prefix, bytes_before, quantized.nbytes):

@@ -16,8 +16,12 @@ from vllm_nanoquant.quantize.groups import (
 CHUNK_WEIGHTS = 1 << 22
 
 
-def quantize_minmax(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
-    """Quantize W [N, K] (bf16, fp16 or fp32) on the device it is on.
+def quantize_minmax(
+    weight: torch.Tensor, group_size: int, device: torch.device | None = None
+) -> QuantizedWeight:
+    """Quantize W [N, K] (bf16, fp16 or fp32) on `device`, by default the one it is on.
+
+    A weight on another device is sent over a chunk of rows at a time, never whole.
 
     Per row and group of `group_size` columns, the last one ragged when the size does not divide K:
     `scale = (max - min) / 15` and `zero_point = min / scale` with min <= 0 <= max, both rounded to
@@ -36,13 +40,14 @@ def quantize_minmax(weight: torch.Tensor, group_size: int) -> QuantizedWeight:
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size is {group_size}; it must be one of {GROUP_SIZES}")
     rows, columns = weight.shape
+    device = device or weight.device
     groups = group_count(columns, group_size)
-    packed = torch.empty(((columns + 1) // 2, rows), dtype=torch.uint8, device=weight.device)
-    scale = torch.empty((groups, rows), dtype=torch.bfloat16, device=weight.device)
+    packed = torch.empty(((columns + 1) // 2, rows), dtype=torch.uint8, device=device)
+    scale = torch.empty((groups, rows), dtype=torch.bfloat16, device=device)
     zero_point = torch.empty_like(scale)
     chunk = min(rows, max(1, CHUNK_WEIGHTS // (groups * group_size)))
     # Zero columns pad the ragged group; they change neither min(0, ...) nor max(0, ...).
-    work = torch.zeros((chunk, groups * group_size), dtype=torch.float32, device=weight.device)
+    work = torch.zeros((chunk, groups * group_size), dtype=torch.float32, device=device)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         values = work[: part.stop - start]
