@@ -6,6 +6,8 @@ and ``layers/`` do not touch vLLM. What is costly to import is imported when it 
 process imports this module, whatever the model.
 """
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,9 +21,9 @@ __all__ = [
     "MAX_VLLM",
     "MIN_VLLM",
     "checkpoint_tensors",
-    "fill_on_cpu",
     "init_logger",
     "loaded_elements",
+    "loader_filling_on_cpu",
     "map_names",
     "process_when_loaded",
     "require_supported_vllm",
@@ -90,15 +92,24 @@ def process_when_loaded(layer: torch.nn.Module) -> None:
     initialize_online_processing(layer)
 
 
-def fill_on_cpu(layer: torch.nn.Module) -> None:
-    """Have vLLM give the layer's meta parameters memory on the CPU, not on the GPU.
+def loader_filling_on_cpu(layer: torch.nn.Module, loader: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a weight loader so that vLLM gives the layer's meta parameters memory on the CPU.
 
-    For weights too large to stand whole on the GPU beside the model (``model_loader/reload``, 0.26
-    to 0.33).
+    For weights too large to stand whole on the GPU beside the model. vLLM notes the device of every
+    layer anew when it has built the model (``model_loader/reload``, 0.26 to 0.33), so the loader,
+    which comes later, has the last word.
     """
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    get_layerwise_info(layer).restore_device = torch.device("cpu")
+    # vLLM keeps loaders in a table with weak keys, which a strong reference would keep alive.
+    reference = weakref.ref(layer)
+
+    @functools.wraps(loader)
+    def load(param: torch.nn.Parameter, *rest: Any, **named: Any) -> Any:
+        get_layerwise_info(reference()).restore_device = torch.device("cpu")
+        return loader(param, *rest, **named)
+
+    return load
 
 
 def loaded_elements(layer: torch.nn.Module) -> int:

@@ -12,10 +12,15 @@ import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.layers.vocab_parallel_embedding as vllm_vocabulary
 import vllm.model_executor.parameter as vllm_parameter
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_processing,
+    record_metadata_for_reloading,
+)
 
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.kernels.reference import dequantize
-from vllm_nanoquant.layers import linear
+from vllm_nanoquant.layers import dispatch, linear
 from vllm_nanoquant.quantize.groups import slice_columns
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import ServingOptions
@@ -170,10 +175,6 @@ def test_a_padded_vocabulary_has_rows_of_exact_zeros(tp_rank, tp_size):
         weight = random_weight(vocabulary, HIDDEN)
         layer.weight.weight_loader(layer.weight, weight)
         if hasattr(layer, "weight"):  # vLLM 0.26 waits for the padding until the end of loading
-            from vllm.model_executor.model_loader.reload.layerwise import (
-                finalize_layerwise_processing,
-            )
-
             finalize_layerwise_processing(layer, None)
     rows = layer.num_embeddings_per_partition
     padded = torch.zeros(rows * tp_size, HIDDEN, dtype=torch.bfloat16)
@@ -210,20 +211,17 @@ def test_what_no_preset_names_stays_unquantized(prefix):
 
 
 def test_a_very_large_weight_is_filled_on_the_cpu_and_gives_the_same_bytes(monkeypatch):
-    filled = []
-    monkeypatch.setattr(linear.compat, "fill_on_cpu", filled.append)
     monkeypatch.setattr(linear, "LARGE_WEIGHT_BYTES", 40 * HIDDEN * 2 - 1)
     with rank_of(0, 1):
         layer = vllm_linear.ColumnParallelLinear(
             HIDDEN, 40, bias=False, params_dtype=torch.bfloat16, quant_config=config_of(),
             prefix=f"{MIXER}.up_proj",
         )  # fmt: skip
+        with torch.device("meta"):  # stands for the GPU: nothing could be quantized there
+            record_metadata_for_reloading(layer)
         weight = random_weight(40, HIDDEN)
-        parameter = layer.weight
         layer.weight.weight_loader(layer.weight, weight)
-    assert filled == [layer]
     assert_same(layer, quantize_minmax(weight, 128))
-    assert parameter.is_meta
 
 
 def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):
@@ -242,3 +240,13 @@ def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):
         layer.weight.weight_loader(layer.weight, random_weight(40, HIDDEN))
     (parameter,) = held
     assert parameter.numel() == 0
+
+
+@pytest.mark.parametrize(("preset", "warned"), [("balanced", True), ("ssm", False)])
+def test_routed_experts_stay_as_they_are_and_the_log_says_so(monkeypatch, preset, warned):
+    said = []
+    monkeypatch.setattr(dispatch.logger, "warning_once", lambda *words: said.append(words))
+    config = NanoquantConfig(ServingOptions(preset=preset))
+    layer = RoutedExperts.__new__(RoutedExperts)
+    assert dispatch.method_for(config, layer, f"{MIXER}.experts") is None
+    assert bool(said) == warned

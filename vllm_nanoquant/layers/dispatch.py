@@ -4,14 +4,19 @@
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from vllm_nanoquant import compat
 from vllm_nanoquant.layers.linear import NanoquantLinearMethod
+from vllm_nanoquant.recipe import METHOD
 
 if TYPE_CHECKING:
     from vllm_nanoquant.config import NanoquantConfig
+
+logger = compat.init_logger(__name__)
 
 
 def method_for(
@@ -23,6 +28,10 @@ def method_for(
         Our method for what the recipe covers; vLLM's unquantized one for other linear layers;
         None for anything else, which vLLM takes as "leave it alone".
     """
+    if isinstance(layer, RoutedExperts) and config.scheme_for(f"{prefix}.up_proj"):
+        logger.warning_once(
+            "%s: routed experts cannot be quantized yet and stay as they are", METHOD
+        )
     if not isinstance(layer, LinearBase | ParallelLMHead):
         return None
     scheme = config.scheme_for(prefix)

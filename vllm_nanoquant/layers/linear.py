@@ -97,11 +97,14 @@ class NanoquantLinearMethod(LinearMethodBase):
         rank = getattr(layer, "tp_rank", 0)
         columns = column_share(input_size, input_size_per_partition, rank, self.scheme.group_size)
         rows = sum(output_partition_sizes)
+        loader = extra_weight_attrs["weight_loader"]
+        if rows * columns.columns_read * params_dtype.itemsize > LARGE_WEIGHT_BYTES:
+            loader = compat.loader_filling_on_cpu(layer, loader)
         weight = GroupAlignedWeight(
             data=torch.empty(rows, columns.columns_read, device="meta", dtype=params_dtype),
             input_dim=1,
             output_dim=0,
-            weight_loader=extra_weight_attrs["weight_loader"],
+            weight_loader=loader,
         )
         weight.columns = columns
         # Rows that only pad the vocabulary are never loaded (vLLM 0.32 and later read this).
@@ -110,8 +113,6 @@ class NanoquantLinearMethod(LinearMethodBase):
         self.group_offset = columns.kept[0]
         self.config.ledger.expect(self.prefix)
         compat.process_when_loaded(layer)
-        if weight.nbytes > LARGE_WEIGHT_BYTES:
-            compat.fill_on_cpu(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace the layer's BF16 weight by int4; called twice by vLLM, works once.
