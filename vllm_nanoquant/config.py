@@ -50,7 +50,7 @@ class NanoquantConfig(QuantizationConfig):
         super().__init__()
         compat.require_supported_vllm()
         self.options = options or ServingOptions()
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.options.in_words)
         self._layer_kinds: tuple[Any, ...] | None = None
         self._tied_embeddings = False
         self._squared_relu = False
@@ -209,7 +209,7 @@ class NanoquantConfig(QuantizationConfig):
         from vllm_nanoquant.layers.dispatch import method_for
 
         self._check_engine()
-        return method_for(self, layer, prefix)
+        return method_for(layer, prefix, self.scheme_for, self.ledger)
 
     def scheme_for(self, prefix: str) -> Scheme | None:
         """Scheme of a module by vLLM's name for it; fused modules must agree on one.

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 class Ledger:
     """Counts the modules of one worker from the moment they are built until they are int4."""
 
+    recipe: str
+    """What the modules are quantized by, in words, for the log."""
     pending: set[str] = field(default_factory=set)
     """Modules built, weights not there yet."""
     done: set[str] = field(default_factory=set)
@@ -31,9 +33,9 @@ class Ledger:
         self.bytes_after += bytes_after
         return not self.pending
 
-    def summary(self, recipe: str) -> str:
+    def summary(self) -> str:
         """The line for the log: how many modules, by which recipe, their size before and after."""
         return (
-            f"quantized {len(self.done)} modules to int4 ({recipe}): "
+            f"quantized {len(self.done)} modules to int4 ({self.recipe}): "
             f"{self.bytes_before / 1e6:.2f} MB to {self.bytes_after / 1e6:.2f} MB"
         )

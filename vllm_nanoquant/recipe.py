@@ -101,6 +101,11 @@ class Recipe(BaseModel):
             raise RecipeError(f"{METHOD}: " + "; ".join(lines)) from None
 
     @property
+    def in_words(self) -> str:
+        """The recipe's main options, for people."""
+        return f"preset {self.preset}, group size {self.group_size}, {self.algorithm}"
+
+    @property
     def patterns(self) -> tuple[str, ...]:
         """Every pattern of ``ignore`` and ``overrides``."""
         return (*self.ignore, *self.overrides)

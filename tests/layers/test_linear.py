@@ -190,8 +190,7 @@ def test_the_bf16_weight_takes_no_memory_until_it_is_loaded():
             HIDDEN, 40, bias=False, quant_config=config_of(), prefix=f"{MIXER}.up_proj"
         )
     assert layer.weight.is_meta
-    assert config_of().ledger.pending == set()
-    assert layer.quant_method.config.ledger.pending == {f"{MIXER}.up_proj"}
+    assert layer.quant_method.ledger.pending == {f"{MIXER}.up_proj"}
 
 
 def test_a_single_group_in_proj_is_refused_over_several_ranks():
@@ -248,5 +247,6 @@ def test_routed_experts_stay_as_they_are_and_the_log_says_so(monkeypatch, preset
     monkeypatch.setattr(dispatch.logger, "warning_once", lambda *words: said.append(words))
     config = NanoquantConfig(ServingOptions(preset=preset))
     layer = RoutedExperts.__new__(RoutedExperts)
-    assert dispatch.method_for(config, layer, f"{MIXER}.experts") is None
+    prefix = f"{MIXER}.experts"
+    assert dispatch.method_for(layer, prefix, config.scheme_for, config.ledger) is None
     assert bool(said) == warned

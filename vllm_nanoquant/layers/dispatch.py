@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which method a layer gets, by its class and by the recipe."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -11,30 +11,37 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_nanoquant import compat
 from vllm_nanoquant.layers.linear import NanoquantLinearMethod
-from vllm_nanoquant.recipe import METHOD
-
-if TYPE_CHECKING:
-    from vllm_nanoquant.config import NanoquantConfig
+from vllm_nanoquant.ledger import Ledger
+from vllm_nanoquant.recipe import METHOD, Scheme
 
 logger = compat.init_logger(__name__)
 
 
 def method_for(
-    config: "NanoquantConfig", layer: torch.nn.Module, prefix: str
+    layer: torch.nn.Module,
+    prefix: str,
+    scheme_for: Callable[[str], Scheme | None],
+    ledger: Ledger,
 ) -> QuantizeMethodBase | None:
     """Method of one layer.
+
+    Args:
+        layer: the layer that vLLM is building.
+        prefix: vLLM's full name of it.
+        scheme_for: the recipe's scheme of a module by its name.
+        ledger: keeps count of what is quantized.
 
     Returns:
         Our method for what the recipe covers; vLLM's unquantized one for other linear layers;
         None for anything else, which vLLM takes as "leave it alone".
     """
-    if isinstance(layer, RoutedExperts) and config.scheme_for(f"{prefix}.up_proj"):
+    if isinstance(layer, RoutedExperts) and scheme_for(f"{prefix}.up_proj"):
         logger.warning_once(
             "%s: routed experts cannot be quantized yet and stay as they are", METHOD
         )
     if not isinstance(layer, LinearBase | ParallelLMHead):
         return None
-    scheme = config.scheme_for(prefix)
+    scheme = scheme_for(prefix)
     if scheme is not None:
-        return NanoquantLinearMethod(config, scheme, prefix)
+        return NanoquantLinearMethod(scheme, prefix, ledger)
     return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None

@@ -8,7 +8,7 @@ memory at a time; a very large one (an LM head) stays on the CPU, and its rows p
 in chunks. Dummy weights and weight reloading take the same road.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -24,12 +24,10 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm_nanoquant import compat
 from vllm_nanoquant.kernels.ops import w4a16, warm_up
 from vllm_nanoquant.layers.sharding import ColumnShare, column_share
+from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import METHOD, Scheme
-
-if TYPE_CHECKING:
-    from vllm_nanoquant.config import NanoquantConfig
 
 logger = compat.init_logger(__name__)
 
@@ -62,17 +60,17 @@ class NanoquantLinearMethod(LinearMethodBase):
     uses_meta_device = True
     """Tells vLLM's loaders that the weights are quantized while loading."""
 
-    def __init__(self, config: "NanoquantConfig", scheme: Scheme, prefix: str) -> None:
+    def __init__(self, scheme: Scheme, prefix: str, ledger: Ledger) -> None:
         """Make the method of one layer.
 
         Args:
-            config: the engine's config; its ledger keeps count.
             scheme: group size and algorithm.
             prefix: vLLM's full name of the layer.
+            ledger: keeps count of what is quantized.
         """
-        self.config = config
         self.scheme = scheme
         self.prefix = prefix
+        self.ledger = ledger
         self.group_offset = 0
         self.device = torch.get_default_device()
         # Dummy weights never come through a loader, so there is nothing to count.
@@ -111,7 +109,7 @@ class NanoquantLinearMethod(LinearMethodBase):
         weight.weight_loader_numel = self._rows_to_load(layer, rows) * columns.columns_read
         layer.register_parameter("weight", weight)
         self.group_offset = columns.kept[0]
-        self.config.ledger.expect(self.prefix)
+        self.ledger.expect(self.prefix)
         compat.process_when_loaded(layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -138,8 +136,8 @@ class NanoquantLinearMethod(LinearMethodBase):
         del layer.weight
         self._keep(layer, quantized, dtype)
         setattr(layer, _PROCESSED, True)
-        if self.config.ledger.finish(self.prefix, bytes_before, quantized.nbytes):
-            logger.info("%s: %s", METHOD, self.config.ledger.summary(self._recipe_in_words()))
+        if self.ledger.finish(self.prefix, bytes_before, quantized.nbytes):
+            logger.info("%s: %s", METHOD, self.ledger.summary())
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -200,7 +198,3 @@ class NanoquantLinearMethod(LinearMethodBase):
                 "weights; a tensor is missing or a shard of the checkpoint is. Compare its "
                 "files with model.safetensors.index.json and fetch them again"
             )
-
-    def _recipe_in_words(self) -> str:
-        options = self.config.options
-        return f"preset {options.preset}, group size {options.group_size}, {options.algorithm}"
