@@ -156,19 +156,26 @@ def test_a_frozen_bytecode_hook_is_an_error(monkeypatch):
         compilation.disable_bytecode_hook()
 
 
-def test_a_changed_recipe_changes_the_key_of_compiled_artefacts(tiny_model):
-    def key(**options):
-        return (
-            EngineArgs(
-                model=str(tiny_model),
-                quantization=METHOD,
-                hf_overrides={"quantization_config": options},
-                max_model_len=512,
-            )
-            .create_engine_config()
-            .compute_hash()
-        )
+def artefact_key(model, **overrides):
+    """What vLLM files compiled artefacts of an engine under."""
+    engine = EngineArgs(
+        model=str(model), quantization=METHOD, hf_overrides=overrides, max_model_len=512
+    )
+    return engine.create_engine_config().compute_hash()
 
-    keys = [key(), key(preset="full"), key(group_size=64), key(ignore=["*.layers.0.*"])]
+
+def test_a_changed_recipe_changes_the_key_of_compiled_artefacts(tiny_model):
+    recipes = [{}, {"preset": "full"}, {"group_size": 64}, {"ignore": ["*.layers.0.*"]}]
+    keys = [artefact_key(tiny_model, quantization_config=recipe) for recipe in recipes]
     assert len(set(keys)) == 4
-    assert key(preset="full") == keys[1]
+    assert artefact_key(tiny_model, quantization_config={"preset": "full"}) == keys[1]
+
+
+def test_so_does_a_changed_file_of_the_same_name(tiny_model, tmp_path):
+    """vLLM itself hashes the name only; the recipe's fingerprint makes the difference."""
+    keys = []
+    for preset in ("ssm", "full", "ssm"):
+        recipe = tmp_path / "recipe.json"
+        recipe.write_text(f'{{"preset": "{preset}"}}')
+        keys.append(artefact_key(tiny_model, quantization_config_file=str(recipe)))
+    assert keys[0] == keys[2] != keys[1]

@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("NANOQUANT_TEST_MULTIPROCESS", "0")
 
 from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 
 def negative_log_likelihood(llm, windows):
@@ -64,6 +65,9 @@ def main():
             reports[job["name"]] = run(job)
         except Exception as error:
             reports[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
+        # As vLLM asks of a process that starts engine after engine: it also thaws the environment
+        # variables that an engine froze.
+        cleanup_dist_env_and_memory()
         for name in job.get("environment", {}):
             os.environ.pop(name, None)
         sys.stdout.flush()
