@@ -4,10 +4,11 @@
 usage: run_engines.py JOBS.json REPORT.json
 
 A job: {"name", "engine": arguments of LLM(), "prompts": [text], "windows": [[token id]],
-"environment": {}}. Its report: the greedy continuations, their token ids, the summed negative log
-likelihood of the windows and the number of tokens in it, the shapes of the int4 parameters, or the
-error that ended it. A line on standard output marks where each job's log begins. Running them in
-one process is quick, and is itself a test: an engine must not leave a trace in the next.
+"environment": {}, "reload": false}. Its report: the greedy continuations, their token ids, the
+summed negative log likelihood of the windows and the number of tokens in it, the shapes of the int4
+parameters, whether reloading changed a weight, or the error that ended it. A line on standard
+output marks where each job's log begins. Running them in one process is quick, and is itself a
+test: an engine must not leave a trace in the next.
 """
 
 import json
@@ -41,6 +42,21 @@ def int4_parameters(model):
     }
 
 
+def snapshot(model):
+    return {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+
+
+def reload_keeps_every_byte(llm):
+    """Whether reload_weights gives every parameter the same bytes at the same address."""
+    (before,) = llm.apply_model(snapshot)
+    llm.collective_rpc("reload_weights")
+    (after,) = llm.apply_model(snapshot)
+    return before.keys() == after.keys() and all(
+        before[name][0] == after[name][0] and before[name][1].equal(after[name][1])
+        for name in before
+    )
+
+
 def run(job):
     llm = LLM(**job["engine"])
     asked = SamplingParams(temperature=0, max_tokens=24)
@@ -51,6 +67,8 @@ def run(job):
     }
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
         report["int4"] = llm.apply_model(int4_parameters)[0]
+    if job.get("reload"):
+        report["reload_keeps_every_byte"] = reload_keeps_every_byte(llm)
     if job.get("windows"):
         report["nll"], report["nll_tokens"] = negative_log_likelihood(llm, job["windows"])
     return report

@@ -22,6 +22,7 @@ def reports(tiny_model, tmp_path_factory):
     jobs = [job("bf16", tiny_model, windows=windows)]
     jobs += [job(preset, tiny_model, {"preset": preset}, windows=windows) for preset in MODULES]
     jobs += [job(f"g{g}", tiny_model, {"group_size": g}, windows=windows) for g in (32, 64)]
+    jobs.append(job("reload", tiny_model, {"preset": "full"}, reload=True))
     jobs.append(job("dummy", tiny_model, {}, engine={"load_format": "dummy"}))
     jobs.append(job("half", tiny_model, {}, engine={"dtype": "float16"}))
     jobs.append(job("bf16 again", tiny_model))
@@ -50,6 +51,11 @@ def test_int4_still_writes_like_the_model(reports):
 
 def test_dummy_weights_load(reports):
     assert len(reports["dummy"]["int4"]) == MODULES["balanced"], reports["dummy"]
+
+
+def test_reloaded_weights_are_quantized_again_to_the_same_bytes(reports):
+    assert reports["reload"]["reload_keeps_every_byte"], reports["reload"]
+    assert reports["reload"]["tokens"] == reports["full"]["tokens"]
 
 
 def test_half_precision_is_refused_where_it_overflows(reports):
