@@ -202,8 +202,8 @@ class NanoquantConfig(QuantizationConfig):
         """The method for one layer, called by every worker as it builds the model.
 
         Raises:
-            RecipeError: the recipe splits modules that vLLM serves as one, or as
-                ``check_engine``.
+            RecipeError: the recipe splits modules that vLLM serves as one, fp16 activations would
+                overflow, or our options are in ``--additional-config``.
         """
         # Not at the top: the layer classes pull in most of vLLM, and register() must stay cheap.
         from vllm_nanoquant.layers.dispatch import method_for
