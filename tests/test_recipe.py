@@ -163,6 +163,14 @@ def test_options_survive_pickling():
     assert pickle.loads(pickle.dumps(options)) == options
 
 
+def test_renamed_patterns_stand_beside_the_written_ones():
+    recipe = Recipe(ignore=["re:old\\..*", "lm_head"], overrides={"old.*": {"bits": 16}})
+    renamed = recipe.with_renamed_patterns(lambda name: name.replace("old", "new"))
+    assert renamed.ignore == ("re:old\\..*", "re:new\\..*", "lm_head", "lm_head")
+    assert list(renamed.overrides) == ["old.*", "new.*"]
+    assert renamed.with_renamed_patterns(str).scheme("new.0.in_proj", None) is None
+
+
 @given(st.text(alphabet="abc.*[]?0_", max_size=12), st.text(alphabet="abc.0_", max_size=12))
 def test_a_name_matches_itself_and_a_star(pattern, name):
     assert matches("*", name)

@@ -8,7 +8,7 @@ process imports this module, whatever the model.
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from packaging.version import InvalidVersion, Version
 from vllm.config import VllmConfig
 from vllm.logger import init_logger as _vllm_init_logger
 
+from vllm_nanoquant.recipe import METHOD
+
 __all__ = [
     "MAX_VLLM",
     "MIN_VLLM",
@@ -24,7 +26,7 @@ __all__ = [
     "init_logger",
     "loaded_elements",
     "loader_filling_on_cpu",
-    "map_names",
+    "map_name",
     "process_when_loaded",
     "require_supported_vllm",
     "wrap_set_cudagraph_sizes",
@@ -56,7 +58,8 @@ def require_supported_vllm() -> None:
         version = Version(vllm.__version__)
     except InvalidVersion:  # a source tree without tags calls itself "dev"
         init_logger(__name__).warning(
-            "nanoquant_w4a16: cannot tell the release of vLLM from %r; tested with %s to %s",
+            "%s: cannot tell the release of vLLM from %r; tested with %s to %s",
+            METHOD,
             vllm.__version__,
             MIN_VLLM,
             "0.33",
@@ -64,7 +67,7 @@ def require_supported_vllm() -> None:
         return
     if not MIN_VLLM <= Version(version.base_version) < MAX_VLLM:
         raise ImportError(
-            f"nanoquant_w4a16 supports vLLM {MIN_VLLM} up to, not including, {MAX_VLLM}; this is "
+            f"{METHOD} supports vLLM {MIN_VLLM} up to, not including, {MAX_VLLM}; this is "
             f"{version}. Install a supported release (pip install 'vllm>={MIN_VLLM},<{MAX_VLLM}') "
             "or a vllm-nanoquant made for yours"
         )
@@ -123,9 +126,9 @@ def loaded_elements(layer: torch.nn.Module) -> int:
     return int(get_layerwise_info(layer).load_numel or 0)
 
 
-def map_names(mapper: Any, names: Iterable[str]) -> dict[str, str]:
-    """Apply a vLLM ``WeightsMapper`` to names; a name that it drops maps to itself."""
-    return {name: (mapper.apply_list([name]) or [name])[0] for name in names}
+def map_name(mapper: Any, name: str) -> str:
+    """Apply a vLLM ``WeightsMapper`` to a name; one that it drops maps to itself."""
+    return (mapper.apply_list([name]) or [name])[0]
 
 
 def wrap_set_cudagraph_sizes(before: Callable[[VllmConfig], None]) -> None:
@@ -141,7 +144,7 @@ def wrap_set_cudagraph_sizes(before: Callable[[VllmConfig], None]) -> None:
     original = getattr(VllmConfig, "_set_cudagraph_sizes", None)
     if original is None:
         raise RuntimeError(
-            "nanoquant_w4a16 cannot limit CUDA-graph sizes: this vLLM has no "
+            f"{METHOD} cannot limit CUDA-graph sizes: this vLLM has no "
             f"VllmConfig._set_cudagraph_sizes (vLLM {vllm.__version__}); please report it"
         )
     if hasattr(original, _WRAPPED):

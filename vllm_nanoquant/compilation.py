@@ -11,7 +11,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 
 from vllm_nanoquant import compat
 from vllm_nanoquant.command_line import RIGHT_FLAG
-from vllm_nanoquant.recipe import METHOD
+from vllm_nanoquant.recipe import MAX_CAPTURE_SIZE, METHOD
 
 logger = compat.init_logger(__name__)
 
@@ -42,15 +42,15 @@ def cap_capture_sizes(engine: VllmConfig) -> None:
     Raises:
         ValueError: the user gave sizes, and all of them are above the cap.
     """
-    options = getattr(engine.quant_config, "options", None)
-    if engine.quant_config is None or engine.quant_config.get_name() != METHOD or options is None:
+    if engine.quant_config is None or engine.quant_config.get_name() != METHOD:
         return
     if engine.model_config is None or engine.model_config.enforce_eager:
         return
     settings = engine.compilation_config
     if settings.cudagraph_mode == CUDAGraphMode.NONE or settings.cudagraph_capture_sizes == []:
         return
-    cap, max_num_seqs = options.max_capture_size, engine.scheduler_config.max_num_seqs
+    cap = engine.quant_config.options.max_capture_size
+    max_num_seqs = engine.scheduler_config.max_num_seqs
     if settings.cudagraph_capture_sizes is None:
         largest = min(
             cap,
@@ -98,7 +98,7 @@ def _warn_of_uncaptured_batches(cap: int, max_num_seqs: int) -> None:
         cap,
         cap,
         RIGHT_FLAG,
-        min(max_num_seqs, 512),
+        min(max_num_seqs, MAX_CAPTURE_SIZE),
     )
 
 

@@ -54,7 +54,8 @@ class NanoquantConfig(QuantizationConfig):
         self._layer_kinds: tuple[Any, ...] | None = None
         self._tied_embeddings = False
         self._squared_relu = False
-        self._vllm_names: dict[str, str] = {}
+        # The recipe in vLLM's names for modules, once the model has said what they are.
+        self._recipe = self.options
 
     def __repr__(self) -> str:
         return f"NanoquantConfig({self.options!r})"
@@ -172,8 +173,9 @@ class NanoquantConfig(QuantizationConfig):
     @staticmethod
     def _refuse_stray_options(hf_config: "PretrainedConfig") -> None:
         """Options one level too high: ``--hf-overrides.preset``."""
-        for name in ("preset", "algorithm", "ignore", "overrides", "max_capture_size", METHOD):
-            if getattr(hf_config, name, None) is not None:
+        for name in (*ServingOptions.model_fields, METHOD):
+            # Some models' configs have a group_size of their own.
+            if name != "group_size" and getattr(hf_config, name, None) is not None:
                 right = RIGHT_FLAG if name == METHOD else f"{RIGHT_FLAG}.{name}"
                 raise RecipeError(
                     f"{METHOD}: --hf-overrides.{name} does not reach the recipe; use {right}"
@@ -195,8 +197,9 @@ class NanoquantConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Learn vLLM's names for the modules that the patterns name."""
-        bare = [pattern.removeprefix("re:") for pattern in self.options.patterns]
-        self._vllm_names.update(compat.map_names(hf_to_vllm_mapper, bare))
+        self._recipe = self.options.with_renamed_patterns(
+            lambda name: compat.map_name(hf_to_vllm_mapper, name)
+        )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for one layer, called by every worker as it builds the model.
@@ -220,40 +223,19 @@ class NanoquantConfig(QuantizationConfig):
         parent, _, leaf = prefix.rpartition(".")
         fusions = _USUAL_FUSIONS | self.packed_modules_mapping
         parts = [f"{parent}.{part}".lstrip(".") for part in fusions.get(leaf, [leaf])]
-        recipe = self._recipe_in_vllm_names()
-        schemes = {part: recipe.scheme(part, self._layer_kinds) for part in parts}
-        if len(set(schemes.values())) > 1:
+        scheme, *others = {self._recipe.scheme(part, self._layer_kinds) for part in parts}
+        if others:
             raise RecipeError(
                 f"{METHOD}: {', '.join(parts)} are served as one product, {prefix}, and need the "
                 "same treatment; name all of them, or none, in ignore and overrides"
             )
-        if self._tied_embeddings and role_of(leaf) is Role.LM_HEAD and schemes[prefix]:
+        if self._tied_embeddings and role_of(leaf) is Role.LM_HEAD and scheme:
             logger.info("%s: lm_head shares the embedding's weights and stays as it is", METHOD)
             return None
-        return schemes[parts[0]]
-
-    def _recipe_in_vllm_names(self) -> ServingOptions:
-        """The recipe with each pattern as written and in vLLM's names."""
-        options = self.options
-
-        def both(pattern: str) -> list[str]:
-            bare = pattern.removeprefix("re:")
-            mapped = pattern.removesuffix(bare) + self._vllm_names.get(bare, bare)
-            return [pattern, mapped]
-
-        return options.model_copy(
-            update={
-                "ignore": tuple(name for pattern in options.ignore for name in both(pattern)),
-                "overrides": {
-                    name: override
-                    for pattern, override in options.overrides.items()
-                    for name in both(pattern)
-                },
-            }
-        )
+        return scheme
 
     def _check_engine(self) -> None:
-        """What only a worker can know, before the first layer of ours is built.
+        """Refuse what only a worker can know, before the layer at hand is built.
 
         Raises:
             RecipeError: fp16 activations where they overflow, or our options in
@@ -262,7 +244,7 @@ class NanoquantConfig(QuantizationConfig):
         compilation.disable_bytecode_hook()
         engine = get_current_vllm_config()
         extra = engine.additional_config if isinstance(engine.additional_config, dict) else {}
-        for name in (*type(self.options).model_fields, METHOD, "nanoquant"):
+        for name in (*ServingOptions.model_fields, METHOD, "nanoquant"):
             if name in extra:
                 raise RecipeError(
                     f"{METHOD}: --additional-config {name!r} does not reach the recipe; "

@@ -8,7 +8,7 @@ checked here once, and asked for the scheme of each module by name. It knows nei
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -31,6 +31,10 @@ _PRESET_ROLES: dict[str, frozenset[Role]] = {
     "full": frozenset(Role),
 }
 _MAX_NAMES_IN_ERROR = 4
+_REGEX = "re:"
+
+MAX_CAPTURE_SIZE = 512
+"""Largest batch, in tokens, that the cap on CUDA graphs can be raised to."""
 
 
 class RecipeError(ValueError):
@@ -80,9 +84,9 @@ class Recipe(BaseModel):
     @classmethod
     def _patterns_compile(cls, patterns: Any) -> Any:
         for pattern in patterns:
-            if pattern.startswith("re:"):
+            if pattern.startswith(_REGEX):
                 try:
-                    re.compile(pattern[3:])
+                    re.compile(pattern.removeprefix(_REGEX))
                 except re.error as error:
                     raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return patterns
@@ -114,6 +118,23 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """Digest of every option: two recipes that could differ in any weight differ here."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def with_renamed_patterns(self, rename: Callable[[str], str]) -> Self:
+        """Return the same recipe with each pattern twice: as written, and renamed.
+
+        Args:
+            rename: from a name or pattern of the checkpoint, without ``re:``, to another's.
+        """
+
+        def both(pattern: str) -> tuple[str, str]:
+            bare = pattern.removeprefix(_REGEX)
+            return pattern, pattern.removesuffix(bare) + rename(bare)
+
+        ignore = tuple(name for pattern in self.ignore for name in both(pattern))
+        overrides = {
+            name: override for pattern, override in self.overrides.items() for name in both(pattern)
+        }
+        return self.model_copy(update={"ignore": ignore, "overrides": overrides})
 
     def scheme(self, module: str, kinds: Sequence[LayerKind] | None) -> Scheme | None:
         """Scheme of a module, or None when it stays as it is.
@@ -173,14 +194,14 @@ class Recipe(BaseModel):
 class ServingOptions(Recipe):
     """A recipe, and what only the serving engine needs to know. The weights do not depend on it."""
 
-    max_capture_size: Annotated[int, Field(ge=1, le=512)] = 8
+    max_capture_size: Annotated[int, Field(ge=1, le=MAX_CAPTURE_SIZE)] = 8
     """Largest batch, in tokens, that a CUDA graph is captured for."""
 
 
 def matches(pattern: str, module: str) -> bool:
     """Whether a pattern (exact name, shell wildcards, or ``re:`` and a regex) names a module."""
-    if pattern.startswith("re:"):
-        return _compiled(pattern[3:]).fullmatch(module) is not None
+    if pattern.startswith(_REGEX):
+        return _compiled(pattern.removeprefix(_REGEX)).fullmatch(module) is not None
     return fnmatchcase(module, pattern)
 
 

@@ -4,7 +4,6 @@
 import argparse
 import json
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -75,7 +74,6 @@ def main() -> None:
         for length in arguments.prefill
     }
     print("RESULT " + json.dumps(result), flush=True)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

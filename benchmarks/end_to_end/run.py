@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from vllm_nanoquant.recipe import METHOD
+
 HERE = Path(__file__).parent
 GEOMETRY = HERE.parent / "geometry" / "nemotron-nano-9b-v2"
-METHOD = "nanoquant_w4a16"
 # What vLLM says about memory; the peak is said at DEBUG level only.
 LOGGED = {
     "weights_gib": r"Model loading took ([\d.]+) GiB memory",

@@ -2,16 +2,12 @@
 """Every way by which options reach the recipe, through real vLLM."""
 
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
+from _server import Server
 
 from .engines import METHOD, job, run_engines
 
@@ -78,27 +74,11 @@ def server(tiny_model, tmp_path):
     arguments = ["--model", str(tiny_model), "--port", str(port), "--host", "127.0.0.1"]
     arguments += ["--served-model-name", "tiny", "--max-model-len", "512", "--max-num-seqs", "8"]
     arguments += ["--quantization", METHOD, f"{FLAG}.preset", "full", f"{FLAG}.group_size", "64"]
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ,
-            start_new_session=True,
-        )
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
     url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
+    with Server(command, log, f"{url}/health") as server:
+        server.wait("starting vLLM", 300)
         yield url, log
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
 
 
 def test_a_server_takes_options_on_its_command_line_and_answers(server):

@@ -8,6 +8,7 @@ memory at a time; a very large one (an LM head) stays on the CPU, and its rows p
 in chunks. Dummy weights and weight reloading take the same road.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -128,7 +129,6 @@ class NanoquantLinearMethod(LinearMethodBase):
             raise ValueError(f"{METHOD}: {self.prefix}.weight: {error}") from error
         columns = weight.columns
         dtype = weight.dtype
-        bytes_before = weight.shape[0] * (columns.stop - columns.start) * weight.element_size()
         if columns.kept != (0, columns.columns_read):
             quantized = slice_columns(quantized, *columns.kept)
         # vLLM's loader still holds the parameter; its memory is wanted now.
@@ -136,6 +136,7 @@ class NanoquantLinearMethod(LinearMethodBase):
         del layer.weight
         self._keep(layer, quantized, dtype)
         setattr(layer, _PROCESSED, True)
+        bytes_before = math.prod(quantized.shape) * dtype.itemsize
         if self.ledger.finish(self.prefix, bytes_before, quantized.nbytes):
             logger.info("%s: %s", METHOD, self.ledger.summary())
 
