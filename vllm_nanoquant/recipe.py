@@ -20,7 +20,7 @@ from vllm_nanoquant.roles import LayerKind, Role, layer_index, role_of, sensitiv
 METHOD = "nanoquant_w4a16"
 """The name of the quantization method, in config.json and on the command line."""
 
-GroupSize = Literal[32, 64, 128]
+GroupSize = Literal[32, 64, 128, -1]
 Preset = Literal["ssm", "balanced", "quality", "full"]
 Algorithm = Literal["minmax"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import dequantize
 from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, pack_nibbles
 
@@ -39,27 +40,13 @@ class Problem:
     weight: QuantizedWeight
     bias: torch.Tensor | None
 
-    def arguments(
-        self,
-    ) -> tuple[
-        torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int, int
-    ]:
-        """What the op takes."""
-        w = self.weight
-        return (self.x, w.packed, w.scale, w.zero_point, self.bias, w.group_size, w.group_offset)
+    def arguments(self) -> tuple[torch.Tensor, RuntimeWeight, torch.Tensor | None]:
+        """What the kernels take."""
+        return (self.x, RuntimeWeight.from_quantized(self.weight), self.bias)
 
     def expected(self) -> torch.Tensor:
         """The product in fp64."""
-        w = self.weight
-        values = dequantize(
-            w.packed,
-            w.scale,
-            w.zero_point,
-            w.in_features,
-            w.group_size,
-            w.group_offset,
-            dtype=torch.float64,
-        )
+        values = dequantize(self.weight, dtype=torch.float64)
         y = self.x.double() @ values.t()
         return y if self.bias is None else y + self.bias.double()
 

@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.problem import TOLERANCE, mean_relative_error, random_problem
+from tests.kernels.problem import TOLERANCE, Problem, mean_relative_error, random_problem
 from tests.quantize import slow_reference
 from vllm_nanoquant.kernels import ops, reference
-from vllm_nanoquant.kernels.ops import DECODE_LIMIT, w4a16, warm_up
+from vllm_nanoquant.kernels.layout import RuntimeWeight
+from vllm_nanoquant.kernels.ops import w4a16, warm_up
 from vllm_nanoquant.kernels.reference import dequantize, w4a16_reference
-from vllm_nanoquant.quantize.groups import slice_columns, unpack_nibbles
+from vllm_nanoquant.quantize.groups import WHOLE_ROW, slice_columns, unpack_nibbles
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 
 TOKENS = (0, 1, 2, 3, 7, 8, 9, 16, 17, 64, 300)
@@ -55,7 +56,7 @@ def test_accuracy(tokens: int, shape: tuple[int, int, int, int]) -> None:
     tokens=st.integers(0, 20),
     out_features=st.integers(1, 40),
     in_features=st.integers(1, 200),
-    group_size=st.sampled_from([32, 64, 128]),
+    group_size=st.sampled_from([32, 64, 128, WHOLE_ROW]),
     offset=st.integers(0, 127),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
@@ -67,8 +68,9 @@ def test_any_shape(
     offset: int,
     dtype: torch.dtype,
 ) -> None:
+    offset = 0 if group_size == WHOLE_ROW else offset % group_size
     problem = random_problem(
-        tokens, out_features, in_features, group_size, offset % group_size, bias=True, dtype=dtype
+        tokens, out_features, in_features, group_size, offset, bias=True, dtype=dtype
     )
     y = w4a16(*problem.arguments())
     assert y.dtype == dtype and y.shape == (tokens, out_features)
@@ -85,35 +87,25 @@ def test_dequantize_equals_the_slow_reference() -> None:
         weight.zero_point.float().numpy(),
         32,
     )
-    values = dequantize(
-        weight.packed, weight.scale, weight.zero_point, 101, 32, dtype=torch.float64
-    )
+    values = dequantize(weight, torch.float64)
     assert torch.equal(values, torch.from_numpy(expected))
 
 
 def test_shares_of_k_add_up() -> None:
     weight = quantize_minmax(torch.randn(20, 300), 128)
     x = torch.randn(3, 300)
-    expected = w4a16_reference(x, weight.packed, weight.scale, weight.zero_point, None, 128, 0)
+    expected = w4a16_reference(x, RuntimeWeight.from_quantized(weight), None)
     total = torch.zeros_like(expected)
     for start, stop in ((0, 101), (101, 160), (160, 300)):
         part = slice_columns(weight, start, stop)
-        total += w4a16(
-            x[:, start:stop],
-            part.packed,
-            part.scale,
-            part.zero_point,
-            None,
-            128,
-            part.group_offset,
-        )
+        total += w4a16(x[:, start:stop], RuntimeWeight.from_quantized(part))
     torch.testing.assert_close(total, expected)
 
 
 def test_reference_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = random_problem(5, 70, 133, 32, 7, bias=True)
     whole = w4a16(*problem.arguments())
-    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 133 * 32)
+    monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 133 * 64)
     torch.testing.assert_close(w4a16(*problem.arguments()), whole)
 
 
@@ -147,7 +139,7 @@ def test_a_row_alone_equals_the_row_in_a_batch_closely() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.zeros(2, 60)}, "60 columns need [30, N]"),
+        ({"x": torch.zeros(2, 600)}, "words is torch.int32 [1, 1, 4, 256]; a weight [20, 600]"),
         ({"bias": torch.zeros(21)}, "bias is torch.float32 [21]"),
         ({"bias": torch.zeros(20, dtype=torch.float16)}, "bias is torch.float16 [20]"),
         ({"bias": torch.zeros(40)[::2]}, "bias must be contiguous"),
@@ -159,11 +151,26 @@ def test_arguments_that_do_not_fit(changes: dict[str, torch.Tensor], message: st
         w4a16(*replace(problem, **changes).arguments())
 
 
+def op_arguments(problem: Problem) -> tuple[object, ...]:
+    """What the op itself takes, without the weight's class."""
+    x, w, bias = problem.arguments()
+    return (
+        x,
+        w.words,
+        w.scales,
+        w.arrivals,
+        bias,
+        w.out_features,
+        w.group_size,
+        w.group_offset,
+    )
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_opcheck(tokens: int, bias: bool) -> None:
     problem = random_problem(tokens, 20, 70, 32, 3, bias=bias)
-    torch.library.opcheck(torch.ops.nanoquant.w4a16.default, problem.arguments())
+    torch.library.opcheck(torch.ops.nanoquant.w4a16.default, op_arguments(problem))
 
 
 def test_one_graph_for_every_batch_size() -> None:
@@ -174,23 +181,29 @@ def test_one_graph_for_every_batch_size() -> None:
         graphs.append(graph)
         return graph
 
+    _, weight, bias = problem.arguments()
+    # Parameters, as layers hold them: of a plain tensor dynamic=True would guess every size.
+    for name in ("words", "scales", "arrivals"):
+        tensor = torch.nn.Parameter(getattr(weight, name), requires_grad=False)
+        weight = replace(weight, **{name: tensor})
     compiled = torch.compile(
-        lambda x: w4a16(x * 2, *problem.arguments()[1:]) + 1,
+        lambda x: w4a16(x * 2, weight, bias) + 1,
         backend=backend,
         fullgraph=True,
         dynamic=True,
     )
     for tokens in (2, 3, 8, 16, 17, 64, 300):
         x = torch.randn(tokens, 70).bfloat16()
-        assert torch.equal(compiled(x), w4a16(x * 2, *problem.arguments()[1:]) + 1)
+        assert torch.equal(compiled(x), w4a16(x * 2, weight, bias) + 1)
     assert len(graphs) == 1
     assert sum("w4a16" in str(node.target) for node in graphs[0].graph.nodes) == 1
 
 
 def test_inductor() -> None:
     problem = random_problem(4, 20, 70, 32, bias=True)
-    compiled = torch.compile(w4a16, fullgraph=True, dynamic=True)
-    assert torch.equal(compiled(*problem.arguments()), w4a16(*problem.arguments()))
+    x, weight, bias = problem.arguments()
+    compiled = torch.compile(lambda x: w4a16(x, weight, bias), fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(x), w4a16(x, weight, bias))
 
 
 def test_the_op_outlives_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,25 +221,4 @@ def test_warm_up_does_nothing_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("warm_up ran the op")
 
     monkeypatch.setattr(ops, "w4a16", forbidden)
-    weight = random_problem(1, 20, 64, 32).weight
-    warm_up(weight.packed, weight.scale, weight.zero_point, None, 64, 32)
-
-
-def test_decode_limit_is_the_kernel_tile() -> None:
-    decode = pytest.importorskip("vllm_nanoquant.kernels.decode")
-    assert decode.BLOCK_M == DECODE_LIMIT
-
-
-@settings(deadline=None)
-@given(
-    out_features=st.integers(1, 140_000),
-    groups=st.integers(1, 500),
-    multiprocessors=st.integers(1, 200),
-)
-def test_the_split_covers_every_group_once(
-    out_features: int, groups: int, multiprocessors: int
-) -> None:
-    decode = pytest.importorskip("vllm_nanoquant.kernels.decode")
-    split, per_split = decode.split_of(out_features, groups, multiprocessors)
-    assert 1 <= split <= decode.MAX_SPLIT
-    assert (split - 1) * per_split < groups <= split * per_split
+    warm_up(random_problem(1, 20, 64, 32).arguments()[1])

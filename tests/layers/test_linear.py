@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from vllm_nanoquant.config import NanoquantConfig
+from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import dequantize
 from vllm_nanoquant.layers import dispatch, linear
 from vllm_nanoquant.quantize.groups import slice_columns
@@ -52,24 +53,17 @@ def config_of(**options):
 
 def assert_same(layer, expected):
     assert not hasattr(layer, "weight")
-    assert torch.equal(layer.weight_packed, expected.packed)
-    assert torch.equal(layer.weight_scale, expected.scale)
-    assert torch.equal(layer.weight_zero_point, expected.zero_point)
+    runtime = RuntimeWeight.from_quantized(expected)
+    assert torch.equal(layer.weight_packed, runtime.words)
+    assert torch.equal(layer.weight_scale, runtime.scales)
+    assert torch.equal(layer.weight_arrivals, runtime.arrivals)
     assert layer.quant_method.group_offset == expected.group_offset
 
 
 def assert_multiplies(layer, expected, bias=None):
     """The layer's product is x by its dequantized weight, within bf16."""
     x = random_weight(3, expected.in_features, seed=9)
-    weight = dequantize(
-        expected.packed,
-        expected.scale,
-        expected.zero_point,
-        expected.in_features,
-        expected.group_size,
-        expected.group_offset,
-        torch.float64,
-    )
+    weight = dequantize(expected, torch.float64)
     exact = x.double() @ weight.T + (0 if bias is None else bias.double())
     found = layer.quant_method.apply(layer, x, bias)
     assert (found.double() - exact).abs().mean() <= 5e-3 * exact.abs().mean()
@@ -97,7 +91,7 @@ def test_mamba_in_proj_shards_each_of_its_parts(tp_rank, tp_size):
     assert_multiplies(layer, expected)
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
 def test_a_row_parallel_share_may_start_inside_a_group(tp_rank, tp_size, group_size):
     columns = 8 * 85  # a share of 85, 170, 340: inside a group, and odd

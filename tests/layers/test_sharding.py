@@ -39,3 +39,8 @@ def test_the_example_of_the_picture(rank, read, kept):
 
 def test_a_layer_that_does_not_split_its_input_reads_all_of_it_on_every_rank():
     assert column_share(300, 300, 3, 128) == column_share(300, 300, 0, 128)
+
+
+def test_a_group_that_is_the_whole_row_is_read_whole():
+    share = column_share(672, 336, 1, -1)
+    assert (share.read_start, share.read_stop, share.kept) == (0, 672, (336, 672))

@@ -22,14 +22,7 @@ from vllm_nanoquant.quantize.minmax import quantize_minmax
 
 
 def values_of(weight: QuantizedWeight) -> torch.Tensor:
-    return dequantize(
-        weight.packed,
-        weight.scale,
-        weight.zero_point,
-        weight.in_features,
-        weight.group_size,
-        weight.group_offset,
-    )
+    return dequantize(weight)
 
 
 def example(rows: int = 5, columns: int = 100, group_size: int = 32) -> QuantizedWeight:

@@ -34,9 +34,7 @@ def assert_same_as_slow(weight: torch.Tensor, group_size: int) -> QuantizedWeigh
 
 
 def values_of(result: QuantizedWeight) -> torch.Tensor:
-    return dequantize(
-        result.packed, result.scale, result.zero_point, result.in_features, result.group_size
-    )
+    return dequantize(result)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,220 +1,296 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton product of a few tokens with an int4 weight.
+"""Triton product of up to 16 tokens with an int4 weight: one read of the weight, nothing else.
 
-One program takes BLOCK_N rows of W (columns of the packed bytes) and a run of groups along K. Per
-group, with integers q, scale s and zero point z, the product is
-`s * (sum(x * q) + z * sum(x))`: the sums run over exact small integers on the tensor cores, and
-scale and zero point are applied once per group in fp32.
+Weights are the left operand of the matrix instruction (16 rows), tokens the right one (8 columns).
+A warp takes a run of chunks of 128 columns for `TILES` tiles of 16 rows:
 
-K is split over programs so that layers with few rows fill the GPU too. The partial sums go to a
-workspace [SPLIT, M, N], and a second kernel adds them in fixed order, so that results do not
-depend on timing. Neither the split nor any block depends on the number of tokens: a row of the
-batch gives the same bits alone and in company, and one compiled kernel serves all of them.
+                  K ->  chunk 0   1   2   3   4   5   6   7  ...
+    N  tile 0           warp  0   1   0   1 | 0   1   0   1  ...     WARPS_K = 2, SPLIT = 2:
+    |  tile 1           warp  0   1   0   1 | 0   1   0   1  ...     the bar is between programs
+    v
+
+It loads the next one or two chunks while it multiplies this one, straight into registers. Per
+group, with integers q, scale s and zero point z, `y += s * (sum(x * q) + z * sum(x))`: the sums
+run over exact small integers, scale and zero point are applied in fp32. sum(x) is a product with
+ones.
+
+Where K is split over programs, each writes its sums, and the last to arrive at a tile adds them up
+in the order of K and sets the counter back to 0. So results do not depend on timing. Neither the
+split nor the order within it depends on the number of tokens: a token gives the same bits alone
+and in company. No floating-point atomics.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_nanoquant.kernels.nibbles import load_group
-from vllm_nanoquant.quantize.groups import group_count
-
-# Rows of a tensor-core tile, and so the most tokens of one launch.
-BLOCK_M = 16
-BLOCK_N = 128
-REDUCE_BLOCK_N = 512
-NUM_WARPS = 4
-NUM_STAGES = 1
-# Programs wanted per multiprocessor, and the most parts that K is cut into.
-PROGRAMS_PER_SM = 16
-MAX_SPLIT = 32
+from vllm_nanoquant.kernels.fragments import (
+    FIRST_AXIS,
+    FOUR_WIDE,
+    high_half,
+    load_scales,
+    low_half,
+    magic_bias,
+    magic_pairs,
+    scale_offsets,
+    scales_of_group,
+    word_offsets,
+)
+from vllm_nanoquant.kernels.layout import RuntimeWeight, groups_per_chunk
+from vllm_nanoquant.kernels.settings import DecodeSettings, decode_settings, launch_options
+from vllm_nanoquant.quantize.groups import WHOLE_ROW
 
 
 @triton.jit
-def nibbles_as_float(nibbles: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """Integers 0 to 15 as bf16 or fp16, plus `magic_bias(dtype)`.
+def weight_operand(
+    words: tl.tensor, plane: tl.constexpr, T: tl.constexpr, dtype: tl.constexpr
+) -> tl.tensor:
+    """One nibble plane of words [T, 128] as the left operand [T, 16 rows, 16 columns]."""
+    pairs = magic_pairs(words >> (4 * plane), dtype)
+    values = tl.join(low_half(pairs, dtype), high_half(pairs, dtype))
+    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2
+    values = tl.reshape(values, (T, 8, 4, 2, 2, 2))
+    wide, narrow = tl.permute(values, (0, 4, 1, 2, 3, 5)), tl.permute(values, (0, 4, 1, 3, 2, 5))
+    return tl.reshape(wide if FOUR_WIDE else narrow, (T, 16, 16))
 
-    The integer is put into the low mantissa bits of 128 (bf16) or 1024 (fp16), where one step is
-    1. That is exact and costs one logic operation; an integer conversion costs several.
+
+@triton.jit
+def load_tokens(
+    x_ptr: tl.tensor,
+    column: tl.tensor,
+    tokens: int,
+    k: int,
+    GROUP_OFFSET: tl.constexpr,
+    W: tl.constexpr,
+    M: tl.constexpr,
+) -> tl.tensor:
+    """Load up to M tokens, 32 columns from column [W] on per warp: [M / 8, W, 8, 32].
+
+    Tokens and columns that do not exist are 0. A lane reads 16 bytes.
     """
-    magic: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-    return (nibbles.to(tl.int16) | magic).to(dtype, bitcast=True)
+    if FIRST_AXIS:
+        token = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, M // 8)[None, :]
+    else:
+        token = 8 * tl.arange(0, M // 8)[:, None] + tl.arange(0, 8)[None, :]
+    token = token[:, None, :, None]
+    column = (column[:, None] + tl.arange(0, 32)[None, :])[None, :, None, :]
+    inside = (token < tokens) & (column < k)
+    if GROUP_OFFSET > 0:
+        inside = inside & (column >= 0)
+    x = tl.load(x_ptr + token * k + column, mask=inside, other=0.0, eviction_policy="evict_last")
+    return tl.permute(x, (2, 1, 0, 3)) if FIRST_AXIS else x
 
 
 @triton.jit
-def magic_bias(dtype: tl.constexpr) -> float:
-    """What `nibbles_as_float` adds to each integer."""
-    return 128.0 if dtype == tl.bfloat16 else 1024.0
+def token_operands(x: tl.tensor, W: tl.constexpr, M: tl.constexpr) -> tl.tensor:
+    """The right operands [W, 16 columns, M] of the two planes that share a run of 32 columns."""
+    # token / 8, warp, token % 8, lane's c, i / 4, i / 2 % 2, i % 2
+    x = tl.reshape(x, (M // 8, W, 8, 4, 2, 2, 2))
+    wide, narrow = tl.permute(x, (1, 3, 5, 6, 0, 2, 4)), tl.permute(x, (1, 5, 3, 6, 0, 2, 4))
+    first, second = tl.split(tl.reshape(wide if FOUR_WIDE else narrow, (W, 16, M, 2)))
+    return first, second
 
 
-@triton.jit(do_not_specialize=["tokens", "groups", "groups_per_split"])
+@triton.jit
+def for_each_tile(x: tl.tensor, R: tl.constexpr, W: tl.constexpr, M: tl.constexpr) -> tl.tensor:
+    """[W, 16, M], what a warp needs once, as [R * W, 16, M], for each of its tiles."""
+    return tl.reshape(tl.broadcast_to(x[None], (R, W, 16, M)), (R * W, 16, M))
+
+
+@triton.jit
+def over_tokens(scales: tl.tensor, T: tl.constexpr, M: tl.constexpr) -> tl.tensor:
+    """Scale words [T, 8 rows, 4 lanes, 2] in the layout of sums [T, 16, M]."""
+    # tile, row / 8, row % 8, token / 8, lane's c, token % 2
+    scales = tl.permute(scales, (0, 3, 1, 2))[:, :, :, None, :, None]
+    return tl.reshape(tl.broadcast_to(scales, (T, 2, 8, M // 8, 4, 2)), (T, 16, M))
+
+
+@triton.jit
+def load_chunk(
+    words_ptr: tl.tensor, scales_ptr: tl.tensor, chunk: tl.tensor, wanted: tl.tensor, stride: int
+) -> tl.tensor:
+    """Words of both halves [T, 128] and scale words of a chunk; zeros where it is not wanted."""
+    words = words_ptr + chunk * 1024
+    mask = wanted[:, None]
+    first = tl.load(words, mask=mask, other=0, eviction_policy="evict_first")
+    second = tl.load(words + 128, mask=mask, other=0, eviction_policy="evict_first")
+    return first, second, load_scales(scales_ptr + chunk * stride, wanted)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
 def decode_kernel(
     x_ptr: tl.tensor,
-    packed_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_point_ptr: tl.tensor,
+    words_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    arrivals_ptr: tl.tensor,
     y_ptr: tl.tensor,
     tokens: int,
     n: int,
     k: int,
-    groups: int,
-    groups_per_split: int,
-    group_offset: int,
-    GROUP_SIZE: tl.constexpr,
-    OFFSET_IS_ODD: tl.constexpr,
+    chunks: int,
+    scale_stride: int,
+    GROUP_OFFSET: tl.constexpr,
+    PER_CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    IS_PARTIAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    M: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS_N: tl.constexpr,
+    WARPS_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
-    """Write y [M, N] in x's dtype or, if IS_PARTIAL, fp32 sums [SPLIT, M, N] without the bias.
+    """Write y [tokens, N] = x [tokens, K] @ W.T + bias; tokens <= M = 8 or 16.
 
-    x is [M, K], packed uint8 [ceil(K / 2), N], scale and zero_point bf16 [G, N], bias [N]; all
-    contiguous.
+    Words, scales and arrivals as in `RuntimeWeight`; partial is fp32 [SPLIT, tokens, N].
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    pairs: tl.constexpr = GROUP_SIZE // 2
-    split = tl.program_id(1)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_g = tl.arange(0, GROUP_SIZE)
-    in_n = offs_n < n
-    in_m = offs_m < tokens
-    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first = split * groups_per_split
-    for group in range(first, tl.minimum(first + groups_per_split, groups)):
-        # The group's first column; before 0 in a first group that the offset cuts.
-        start = group * GROUP_SIZE - group_offset
-        offs_k = start + offs_g
-        in_k = (offs_k >= 0) & (offs_k < k)
-        x = tl.load(
-            x_ptr + offs_m[:, None] * k + offs_k[None, :],
-            mask=in_m[:, None] & in_k[None, :],
-            other=0.0,
-        )
-        x_first, x_second = tl.split(tl.reshape(x, (BLOCK_M, pairs, 2)))
-        first_half, second_half = load_group(
-            packed_ptr, start, offs_n, in_n, n, k, GROUP_SIZE, OFFSET_IS_ODD
-        )
-        offs_s = group * n + offs_n
-        scale = tl.load(scale_ptr + offs_s, mask=in_n, other=0.0).to(tl.float32)
-        zero = tl.load(zero_point_ptr + offs_s, mask=in_n, other=0.0).to(tl.float32)
-        zero -= magic_bias(dtype)
-        dot = tl.dot(x_first, nibbles_as_float(first_half, dtype))
-        dot = tl.dot(x_second, nibbles_as_float(second_half, dtype), dot)
-        x_sum = tl.sum(x.to(tl.float32), axis=1)
-        y += scale[None, :] * (dot + zero[None, :] * x_sum[:, None])
-    offs_y = offs_m[:, None] * n + offs_n[None, :]
-    in_y = in_m[:, None] & in_n[None, :]
-    if IS_PARTIAL:
-        tl.store(y_ptr + split.to(tl.int64) * tokens * n + offs_y, y, mask=in_y)
+    W: tl.constexpr = WARPS_N * WARPS_K
+    T: tl.constexpr = TILES * W
+    pid_n = tl.program_id(0) // SPLIT
+    split = tl.program_id(0) % SPLIT
+    # Triton gives the last bits of the first axis to the warps, so tile = (own tile, n, k).
+    unit = tl.arange(0, T)
+    in_run = unit % WARPS_K
+    tile = (pid_n * WARPS_N + unit % W // WARPS_K) * TILES + unit // W
+    if TILES * WARPS_N > 4:
+        # N is padded to 4 tiles; the last program may have more.
+        tile = tl.minimum(tile, tl.cdiv(n, 64) * 4 - 1)
+    words_ptr += word_offsets(tile, chunks) + in_run[:, None] * 1024
+    if FIRST_AXIS:
+        own_scales = (in_run * scale_stride)[None, None, :, None]
     else:
+        own_scales = (in_run * scale_stride)[:, None, None, None]
+    scales_ptr += scale_offsets(tile, PER_CHUNK) + own_scales
+    per_split = tl.cdiv(chunks, WARPS_K * SPLIT) * WARPS_K
+    start = split * per_split
+    end = chunks if SPLIT == 1 else tl.minimum(start + per_split, chunks)
+    # Every warp takes part in every step; beyond its last chunk it multiplies zeros.
+    left = end - start - in_run
+    next_0, next_1, next_s = load_chunk(words_ptr, scales_ptr, start, left > 0, scale_stride)
+    if PREFETCH == 2:
+        after_0, after_1, after_s = load_chunk(
+            words_ptr, scales_ptr, start + WARPS_K, left > WARPS_K, scale_stride
+        )
+    if PDL:
+        # Weights do not depend on the kernel before this one; x, partial and arrivals do.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    one = tl.full((W, 16, 8), 1.0, dtype)
+    ones = tl.reshape(tl.join(one, one), (W, 16, 16))
+    warp_column = tl.arange(0, W) % WARPS_K * 128 - GROUP_OFFSET
+    y = tl.zeros((T, 16, M), tl.float32)
+    for chunk in range(start, end, WARPS_K):
+        words_0, words_1, scales = next_0, next_1, next_s
+        ahead = chunk + WARPS_K * PREFETCH
+        wanted = left > ahead - start
+        if PREFETCH == 2:
+            next_0, next_1, next_s = after_0, after_1, after_s
+            after_0, after_1, after_s = load_chunk(
+                words_ptr, scales_ptr, ahead, wanted, scale_stride
+            )
+        else:
+            next_0, next_1, next_s = load_chunk(words_ptr, scales_ptr, ahead, wanted, scale_stride)
+        dot = tl.zeros((T, 16, M), tl.float32)
+        x_sum = tl.zeros((W, 16, M), tl.float32)
+        for run in tl.static_range(4):
+            x = load_tokens(
+                x_ptr, chunk * 128 + run * 32 + warp_column, tokens, k, GROUP_OFFSET, W, M
+            )
+            x_0, x_1 = token_operands(x, W, M)
+            words = words_0 if run < 2 else words_1
+            operand = weight_operand(words, run % 2 * 2, T, dtype)
+            dot = tl.dot(operand, for_each_tile(x_0, TILES, W, M), dot)
+            operand = weight_operand(words, run % 2 * 2 + 1, T, dtype)
+            dot = tl.dot(operand, for_each_tile(x_1, TILES, W, M), dot)
+            x_sum = tl.dot(ones, x_0, x_sum)
+            x_sum = tl.dot(ones, x_1, x_sum)
+            if (run + 1) * PER_CHUNK % 4 == 0:
+                group = scales_of_group(scales, run * PER_CHUNK // 4, T, PER_CHUNK)
+                group = over_tokens(group, T, M)
+                scale = (group << 16).to(tl.float32, bitcast=True)
+                zero = (group & -65536).to(tl.float32, bitcast=True) - magic_bias(dtype)
+                y += scale * (dot + zero * for_each_tile(x_sum, TILES, W, M))
+                dot = tl.zeros((T, 16, M), tl.float32)
+                x_sum = tl.zeros((W, 16, M), tl.float32)
+    # own tile, n, row, token
+    y = tl.sum(tl.reshape(y, (TILES, WARPS_N, WARPS_K, 16, M)), axis=2)
+    own = tl.arange(0, TILES)[:, None, None, None]
+    warp = tl.arange(0, WARPS_N)[None, :, None, None]
+    row = ((pid_n * WARPS_N + warp) * TILES + own) * 16 + tl.arange(0, 16)[None, None, :, None]
+    token = tl.arange(0, M)[None, None, None, :]
+    offset = token * n + row
+    inside = (row < n) & (token < tokens)
+    if SPLIT > 1:
+        tl.store(partial_ptr + split * tokens * n + offset, y, mask=inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrivals_ptr + pid_n, 1, sem="acq_rel") == SPLIT - 1
+    else:
+        last = split == 0
+    if last:
+        if SPLIT > 1:
+            y = tl.load(partial_ptr + offset, mask=inside, other=0.0, cache_modifier=".cg")
+            for other in tl.static_range(1, SPLIT):
+                y += tl.load(
+                    partial_ptr + other * tokens * n + offset,
+                    mask=inside,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            tl.store(arrivals_ptr + pid_n, 0)
         if HAS_BIAS:
-            y += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptr + offs_y, y.to(dtype), mask=in_y)
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def reduce_kernel(
-    partial_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    tokens: int,
-    n: int,
-    SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-) -> None:
-    """Write y [M, N]: partial [SPLIT, M, N] summed over its first axis in order, plus bias [N]."""
-    row = tl.program_id(1)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_n = offs_n < n
-    y = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for split in tl.static_range(SPLIT):
-        offset = (split * tokens + row).to(tl.int64) * n
-        y += tl.load(partial_ptr + offset + offs_n, mask=in_n, other=0.0)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n, mask=in_n, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row.to(tl.int64) * n + offs_n, y.to(y_ptr.dtype.element_ty), mask=in_n)
-
-
-def split_of(out_features: int, groups: int, multiprocessors: int) -> tuple[int, int]:
-    """(parts that K is cut into, groups per part) for a layer; no part is empty.
-
-    The number of tokens is left out on purpose: it must not change the order of any sum.
-    """
-    blocks = triton.cdiv(out_features, BLOCK_N)
-    wanted = triton.cdiv(multiprocessors * PROGRAMS_PER_SM, blocks)
-    per_split = triton.cdiv(groups, min(wanted, MAX_SPLIT, groups))
-    return triton.cdiv(groups, per_split), per_split
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a CUDA device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+            y += tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offset, y.to(dtype), mask=inside)
 
 
 def decode(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    weight: RuntimeWeight,
     bias: torch.Tensor | None,
-    group_size: int,
-    group_offset: int,
+    settings: DecodeSettings | None = None,
 ) -> torch.Tensor:
     """Multiply x [M, K] by a transposed int4 weight [N, K], add bias [N]: [M, N] in x.dtype.
 
-    M is 1 to BLOCK_M. x is contiguous, starts at a multiple of 16 bytes (a kernel compiled for
-    aligned rows is used for every batch) and is bf16 or fp16; `packed` is uint8 [ceil(K / 2), N],
-    `scale` and `zero_point` are bf16 [G, N]. Nothing is checked here: the op does that.
+    M is 1 to 16. x is contiguous, starts at a multiple of 16 bytes (a kernel compiled for aligned
+    rows is used for every batch) and is bf16 or fp16. Without `settings`, the table or the rule
+    for this GPU and shape decides. Nothing is checked here: the op does that.
     """
-    tokens, in_features = x.shape
-    out_features = packed.shape[1]
-    groups = group_count(in_features, group_size, group_offset)
-    split, per_split = split_of(out_features, groups, multiprocessors(x.device))
-    y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    target = y
-    if split > 1:
-        target = torch.empty((split, tokens, out_features), dtype=torch.float32, device=x.device)
-    decode_kernel[(triton.cdiv(out_features, BLOCK_N), split)](
+    tokens = x.shape[0]
+    n, k = weight.shape
+    chunks = weight.words.shape[1]
+    chosen = settings or decode_settings(weight, x.device)
+    launch = chosen.launch(tokens)
+    y = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
+    partial = y
+    if chosen.split > 1:
+        partial = torch.empty((chosen.split, tokens, n), dtype=torch.float32, device=x.device)
+    rows = 16 * launch.tiles * launch.warps_n
+    decode_kernel[(triton.cdiv(n, rows) * chosen.split,)](
         x,
-        packed,
-        scale,
-        zero_point,
+        weight.words,
+        weight.scales,
         bias,
-        target,
+        partial,
+        weight.arrivals,
+        y,
         tokens,
-        out_features,
-        in_features,
-        groups,
-        per_split,
-        group_offset,
-        GROUP_SIZE=group_size,
-        OFFSET_IS_ODD=group_offset % 2 == 1,
+        n,
+        k,
+        chunks,
+        0 if weight.group_size == WHOLE_ROW else weight.scales.stride(0),
+        GROUP_OFFSET=weight.group_offset,
+        PER_CHUNK=groups_per_chunk(weight.group_size),
         HAS_BIAS=bias is not None,
-        IS_PARTIAL=split > 1,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        M=8 if tokens <= 8 else 16,
+        TILES=launch.tiles,
+        WARPS_N=launch.warps_n,
+        WARPS_K=chosen.warps_k,
+        SPLIT=chosen.split,
+        PREFETCH=launch.prefetch,
+        **launch_options(x.device, launch.warps_n * chosen.warps_k, num_stages=1),
     )
-    if split > 1:
-        reduce_kernel[(triton.cdiv(out_features, REDUCE_BLOCK_N), tokens)](
-            target,
-            bias,
-            y,
-            tokens,
-            out_features,
-            SPLIT=split,
-            HAS_BIAS=bias is not None,
-            BLOCK_N=REDUCE_BLOCK_N,
-            num_warps=4,
-        )
     return y

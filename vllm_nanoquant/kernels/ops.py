@@ -9,96 +9,118 @@ from __future__ import annotations
 
 import torch
 
+from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import w4a16_reference
-from vllm_nanoquant.quantize.groups import validate_quantized
 
 SCHEMA = (
-    "w4a16(Tensor x, Tensor weight_packed, Tensor weight_scale, Tensor weight_zero_point, "
-    "Tensor? bias, int group_size, int group_offset) -> Tensor"
+    "w4a16(Tensor x, Tensor words, Tensor scales, Tensor arrivals, Tensor? bias, "
+    "int out_features, int group_size, int group_offset) -> Tensor"
 )
 
-# Up to this many tokens the decode kernel runs (one tensor-core tile), above it the prefill path.
+# Up to this many tokens the decode kernel runs (two columns of tensor-core tiles).
 DECODE_LIMIT = 16
 
 # A vector load takes 16 bytes; Triton would compile another kernel for a less aligned input.
 ALIGNMENT = 16
 
+_warm: set[tuple[object, ...]] = set()
 
-def _validate(
+
+def _runtime_weight(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    arrivals: torch.Tensor,
     bias: torch.Tensor | None,
+    out_features: int,
     group_size: int,
     group_offset: int,
-) -> None:
-    """Raise ValueError unless the kernels can run on these tensors without leaving them."""
-    validate_quantized(packed, scale, zero_point, x.shape[-1], group_size, group_offset)
-    if x.device != packed.device:
-        raise ValueError(f"x is on {x.device}, the weight on {packed.device}")
+) -> RuntimeWeight:
+    """Gather the weight; ValueError unless kernels can run on it without leaving its tensors."""
+    weight = RuntimeWeight(
+        words, scales, arrivals, out_features, x.shape[-1], group_size, group_offset
+    )
+    if x.device != words.device:
+        raise ValueError(f"x is on {x.device}, the weight on {words.device}")
     if bias is None:
-        return
-    if bias.shape != packed.shape[1:] or bias.dtype != x.dtype or bias.device != x.device:
+        return weight
+    if bias.shape != (out_features,) or bias.dtype != x.dtype or bias.device != x.device:
         raise ValueError(
             f"bias is {bias.dtype} {list(bias.shape)} on {bias.device}; "
-            f"it must be {x.dtype} {list(packed.shape[1:])} on {x.device}"
+            f"it must be {x.dtype} {[out_features]} on {x.device}"
         )
     if not bias.is_contiguous():
         raise ValueError("bias must be contiguous")
+    return weight
 
 
 def _cpu(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    arrivals: torch.Tensor,
     bias: torch.Tensor | None,
+    out_features: int,
     group_size: int,
     group_offset: int,
 ) -> torch.Tensor:
-    _validate(x, packed, scale, zero_point, bias, group_size, group_offset)
-    return w4a16_reference(x, packed, scale, zero_point, bias, group_size, group_offset)
+    weight = _runtime_weight(
+        x, words, scales, arrivals, bias, out_features, group_size, group_offset
+    )
+    return w4a16_reference(x, weight, bias)
 
 
 def _cuda(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    arrivals: torch.Tensor,
     bias: torch.Tensor | None,
+    out_features: int,
     group_size: int,
     group_offset: int,
 ) -> torch.Tensor:
-    from vllm_nanoquant.kernels.decode import decode
-    from vllm_nanoquant.kernels.prefill import prefill
-
-    _validate(x, packed, scale, zero_point, bias, group_size, group_offset)
+    weight = _runtime_weight(
+        x, words, scales, arrivals, bias, out_features, group_size, group_offset
+    )
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}; on a GPU it must be torch.bfloat16 or torch.float16")
-    shape = (*x.shape[:-1], packed.shape[1])
+    shape = (*x.shape[:-1], out_features)
     if 0 in shape:
         return x.new_empty(shape)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     if tokens.data_ptr() % ALIGNMENT:
         tokens = tokens.clone()
-    product = decode if tokens.shape[0] <= DECODE_LIMIT else prefill
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(x.device):
-        y = product(tokens, packed, scale, zero_point, bias, group_size, group_offset)
-    return y.view(shape)
+        return _product(tokens, weight, bias).view(shape)
+
+
+def _product(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Product of x [M, K], M >= 1, by the kernel for that number of tokens."""
+    from vllm_nanoquant.kernels.decode import decode
+    from vllm_nanoquant.kernels.fused import fused
+    from vllm_nanoquant.kernels.prefill import prefill
+    from vllm_nanoquant.kernels.settings import fused_limit
+
+    if x.shape[0] <= DECODE_LIMIT:
+        return decode(x, weight, bias)
+    if x.shape[0] <= fused_limit(weight, x.device):
+        return fused(x, weight, bias)
+    return prefill(x, weight, bias)
 
 
 def _fake(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    arrivals: torch.Tensor,
     bias: torch.Tensor | None,
+    out_features: int,
     group_size: int,
     group_offset: int,
 ) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[1]))
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _define() -> None:
@@ -119,47 +141,51 @@ def _define() -> None:
 _define()
 
 
-def w4a16(
-    x: torch.Tensor,
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero_point: torch.Tensor,
-    bias: torch.Tensor | None,
-    group_size: int,
-    group_offset: int = 0,
-) -> torch.Tensor:
+def w4a16(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiply x [..., K] by a transposed int4 weight [N, K], add bias [N]: [..., N] in x.dtype.
 
-    `weight_packed` is uint8 [ceil(K / 2), N], `weight_scale` and `weight_zero_point` are bf16
-    [G, N] (see `QuantizedWeight`); `bias` has x's dtype. x may have any strides, any leading
-    dimensions and 0 tokens. On a CPU x has any floating dtype and the reference runs; on a CUDA
-    device x is bf16 or fp16, at most DECODE_LIMIT tokens go to the decode kernel and more to the
-    prefill path. The call may be captured in a CUDA graph after `warm_up`.
+    `bias` has x's dtype. x may have any strides, any leading dimensions and 0 tokens. On a CPU x
+    has any floating dtype and the reference runs; on a CUDA device x is bf16 or fp16, and the
+    number of tokens decides: at most DECODE_LIMIT `decode`, at most `fused_limit` `fused`, more
+    `prefill`. The call may be captured in a CUDA graph after `warm_up`.
 
     Raises ValueError when shapes, dtypes or devices do not fit together.
     """
     return torch.ops.nanoquant.w4a16(
-        x, weight_packed, weight_scale, weight_zero_point, bias, group_size, group_offset
+        x,
+        weight.words,
+        weight.scales,
+        weight.arrivals,
+        bias,
+        weight.out_features,
+        weight.group_size,
+        weight.group_offset,
     )
 
 
 def warm_up(
-    weight_packed: torch.Tensor,
-    weight_scale: torch.Tensor,
-    weight_zero_point: torch.Tensor,
-    bias: torch.Tensor | None,
-    in_features: int,
-    group_size: int,
-    group_offset: int = 0,
+    weight: RuntimeWeight,
+    bias: torch.Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Compile and launch every kernel that serving this weight can need; on a CPU do nothing.
 
-    One decode launch and one prefill launch: no kernel is specialised on the number of tokens
-    beyond that. Arguments as in `w4a16`, with K given as `in_features` and x.dtype as `dtype`.
+    One launch for each of the settings of each kernel: none is specialised on the number of tokens
+    beyond that. Once per shape and process; the scratch of `prefill` is reserved here too. Waits
+    for the device, so that no kernel that loads weights early can see them unfinished.
     """
-    if weight_packed.device.type != "cuda":
+    device = weight.words.device
+    if device.type != "cuda":
         return
-    for tokens in (1, DECODE_LIMIT + 1):
-        x = torch.zeros((tokens, in_features), dtype=dtype, device=weight_packed.device)
-        w4a16(x, weight_packed, weight_scale, weight_zero_point, bias, group_size, group_offset)
+    from vllm_nanoquant.kernels.prefill import reserve_scratch, scratch_bytes
+    from vllm_nanoquant.kernels.settings import fused_buckets, fused_limit
+
+    torch.cuda.synchronize(device)
+    key = (device, weight.shape, weight.group_size, weight.group_offset, bias is None, dtype)
+    if key in _warm:
+        return
+    reserve_scratch(device, scratch_bytes(weight, dtype.itemsize))
+    buckets = fused_buckets(weight, device)
+    for tokens in (1, DECODE_LIMIT, *buckets, fused_limit(weight, device) + 1):
+        w4a16(torch.zeros((tokens, weight.in_features), dtype=dtype, device=device), weight, bias)
+    _warm.add(key)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Product of many tokens with an int4 weight: dequantize into a scratch buffer, then cuBLAS."""
+"""Product of many tokens with an int4 weight: dequantize into a scratch buffer, then cuBLAS.
+
+The scratch is one buffer per device for the whole model, as large as the largest weight asks for
+but at most SCRATCH_BYTES, allocated while the model is loaded (`reserve_scratch`). A larger weight
+goes through it in parts. Work on one stream at a time may use it, as prefill does in vLLM.
+"""
 
 from __future__ import annotations
 
@@ -7,113 +12,117 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_nanoquant.kernels.nibbles import load_group
-from vllm_nanoquant.quantize.groups import group_count
+from vllm_nanoquant.kernels.fragments import load_scales, scale_offsets, word_offsets
+from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight, groups_per_chunk
+from vllm_nanoquant.kernels.weights import half_weights
+from vllm_nanoquant.quantize.groups import WHOLE_ROW
 
-# One Mamba in_proj of Nemotron-Nano-9B-v2 (22656 x 4480) fits whole; the lm_head goes in parts.
+# One Mamba in_proj of Nemotron-Nano-9B-v2 (22656 x 4480) fits whole; the LM head goes in parts.
 SCRATCH_BYTES = 256 << 20
-BLOCK_N = 64
+TILES = 4
 NUM_WARPS = 4
 
+_scratch: dict[torch.device, torch.Tensor] = {}
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["chunks", "first_tile", "rows"])
 def dequantize_kernel(
-    packed_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_point_ptr: tl.tensor,
+    words_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
     w_ptr: tl.tensor,
-    n: int,
+    first_tile: int,
+    rows: int,
     k: int,
-    first_n: int,
-    block_columns: int,
+    chunks: int,
+    scale_stride: int,
     group_offset: int,
-    GROUP_SIZE: tl.constexpr,
-    OFFSET_IS_ODD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    PER_CHUNK: tl.constexpr,
+    T: tl.constexpr,
 ) -> None:
-    """Write w [K, block_columns]: the transposed weight [K, N] from column first_n, rounded once.
-
-    packed is uint8 [ceil(K / 2), N], scale and zero_point are bf16 [G, N]; all contiguous.
-    """
-    group = tl.program_id(1)
-    # The group's first column; before 0 in a first group that the offset cuts.
-    start = group * GROUP_SIZE - group_offset
-    offs_w = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_n = first_n + offs_w
-    in_n = offs_w < block_columns
-    first, second = load_group(packed_ptr, start, offs_n, in_n, n, k, GROUP_SIZE, OFFSET_IS_ODD)
-    scale = tl.load(scale_ptr + group * n + offs_n, mask=in_n, other=0.0).to(tl.float32)
-    zero = tl.load(zero_point_ptr + group * n + offs_n, mask=in_n, other=0.0).to(tl.float32)
+    """Write w [rows, K], the weight from row 16 * first_tile on, rounded once to w's dtype."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    chunk = tl.program_id(0)
+    own = tl.program_id(1) * T + tl.arange(0, T)
+    tile = first_tile + own
+    wanted = own * 16 < rows
+    scales_at = scales_ptr + chunk * scale_stride + scale_offsets(tile, PER_CHUNK)
+    scales = load_scales(scales_at, wanted)
+    words_at = words_ptr + word_offsets(tile, chunks) + chunk * 1024
+    row = tl.reshape(own[:, None] * 16 + tl.arange(0, 16)[None, :], (T * 16,))
     for half in tl.static_range(2):
-        nibbles = first if half == 0 else second
-        w = (nibbles.to(tl.float32) + zero[None, :]) * scale[None, :]
-        offs_k = start + 2 * tl.arange(0, GROUP_SIZE // 2) + half
-        tl.store(
-            w_ptr + offs_k.to(tl.int64)[:, None] * block_columns + offs_w[None, :],
-            w.to(w_ptr.dtype.element_ty),
-            mask=((offs_k >= 0) & (offs_k < k))[:, None] & in_n[None, :],
+        words = tl.load(
+            words_at + half * 128, mask=wanted[:, None], other=0, eviction_policy="evict_first"
         )
+        weights = half_weights(words, scales, half, T, PER_CHUNK, dtype)
+        # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2
+        weights = tl.reshape(weights, (T, 8, 4, 2, 2, 2, 2, 2))
+        weights = tl.reshape(tl.permute(weights, (0, 4, 1, 7, 2, 6, 3, 5)), (T * 16, 64))
+        column = chunk * 128 + half * 64 + tl.arange(0, 64) - group_offset
+        inside = (row < rows)[:, None] & ((column >= 0) & (column < k))[None, :]
+        tl.store(w_ptr + row[:, None] * k + column[None, :], weights, mask=inside)
 
 
-def dequantize_columns(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    out: torch.Tensor,
-    first: int,
-    group_size: int,
-    group_offset: int,
-) -> None:
-    """Write columns `first` onwards of the transposed weight [K, N] into out [K, columns].
+def dequantize_rows(weight: RuntimeWeight, out: torch.Tensor, first: int) -> None:
+    """Write rows `first` onwards of the weight [N, K] into out [rows, K], bf16 or fp16.
 
-    `out` is contiguous, bf16 or fp16, and lies within the weight: first + columns <= N.
+    `first` is a multiple of 64, `out` is contiguous, and first + rows <= N.
     """
-    in_features, columns = out.shape
-    grid = (triton.cdiv(columns, BLOCK_N), group_count(in_features, group_size, group_offset))
-    dequantize_kernel[grid](
-        packed,
-        scale,
-        zero_point,
+    rows, k = out.shape
+    chunks = weight.words.shape[1]
+    dequantize_kernel[(chunks, triton.cdiv(rows, 16 * TILES))](
+        weight.words,
+        weight.scales,
         out,
-        packed.shape[1],
-        in_features,
-        first,
-        columns,
-        group_offset,
-        GROUP_SIZE=group_size,
-        OFFSET_IS_ODD=group_offset % 2 == 1,
-        BLOCK_N=BLOCK_N,
+        first // 16,
+        rows,
+        k,
+        chunks,
+        0 if weight.group_size == WHOLE_ROW else weight.scales.stride(0),
+        weight.group_offset,
+        PER_CHUNK=groups_per_chunk(weight.group_size),
+        T=TILES,
         num_warps=NUM_WARPS,
     )
 
 
-def prefill(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    bias: torch.Tensor | None,
-    group_size: int,
-    group_offset: int,
-) -> torch.Tensor:
+def rows_per_part(weight: RuntimeWeight, element_size: int) -> int:
+    """Rows of the weight that are dequantized at a time: all, or a multiple of 64."""
+    fitting = SCRATCH_BYTES // (weight.in_features * element_size) // BLOCK * BLOCK
+    return min(weight.out_features, max(BLOCK, fitting))
+
+
+def scratch_bytes(weight: RuntimeWeight, element_size: int) -> int:
+    """Bytes of scratch that `prefill` uses for this weight."""
+    return rows_per_part(weight, element_size) * weight.in_features * element_size
+
+
+def reserve_scratch(device: torch.device, nbytes: int) -> torch.Tensor:
+    """Return the device's scratch buffer (uint8), made larger first if it has fewer bytes."""
+    buffer = _scratch.get(device)
+    if buffer is None or buffer.numel() < nbytes:
+        # The old one goes first: both together need not fit.
+        _scratch.pop(device, None)
+        buffer = None
+        buffer = _scratch[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return buffer
+
+
+def prefill(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Multiply x [M, K] by a transposed int4 weight [N, K], add bias [N]: [M, N] in x.dtype.
 
-    Tensors as in `decode`, for any M >= 1. The scratch buffer takes at most SCRATCH_BYTES (or
-    BLOCK_N columns, if those need more); a larger weight goes through it in several parts.
+    Tensors as in `decode`, for any M >= 1.
     """
-    tokens, in_features = x.shape
-    out_features = packed.shape[1]
-    per_column = in_features * x.element_size()
-    block = min(out_features, max(BLOCK_N, SCRATCH_BYTES // per_column // BLOCK_N * BLOCK_N))
-    scratch = torch.empty(in_features * block, dtype=x.dtype, device=x.device)
-    y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
-    for first in range(0, out_features, block):
-        columns = slice(first, min(first + block, out_features))
-        width = columns.stop - first
-        weight = scratch[: in_features * width].view(in_features, width)
-        dequantize_columns(packed, scale, zero_point, weight, first, group_size, group_offset)
+    n, k = weight.shape
+    step = rows_per_part(weight, x.element_size())
+    scratch = reserve_scratch(x.device, scratch_bytes(weight, x.element_size())).view(x.dtype)
+    y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    for first in range(0, n, step):
+        rows = slice(first, min(first + step, n))
+        count = rows.stop - first
+        part = scratch[: count * k].view(count, k)
+        dequantize_rows(weight, part, first)
         if bias is None:
-            torch.mm(x, weight, out=y[:, columns])
+            torch.mm(x, part.t(), out=y[:, rows])
         else:
-            torch.addmm(bias[columns], x, weight, out=y[:, columns])
+            torch.addmm(bias[rows], x, part.t(), out=y[:, rows])
     return y

@@ -3,67 +3,65 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from vllm_nanoquant.quantize.groups import unpack_nibbles
+from vllm_nanoquant.kernels.layout import ARRIVALS_PER_BLOCK, BLOCK, RuntimeWeight, to_quantized
+from vllm_nanoquant.quantize.groups import WHOLE_ROW, QuantizedWeight, unpack_nibbles
 
 # Weights dequantized at a time: 64 MB in fp32.
 CHUNK_WEIGHTS = 1 << 24
 
 
-def dequantize(
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    in_features: int,
-    group_size: int,
-    group_offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """W [N, K] = (q + zero_point) * scale, computed in fp32 (fp64 for that dtype) and then rounded.
 
-    `packed` is uint8 [ceil(K / 2), N], `scale` and `zero_point` are bf16 [G, N], K is
-    `in_features`; column k is in group (k + group_offset) // group_size.
+    Column k is in group (k + group_offset) // group_size.
     """
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    weight = unpack_nibbles(packed, in_features).to(compute)
-    columns = torch.arange(in_features, device=packed.device)
-    group = (columns + group_offset) // group_size
-    weight += zero_point.to(compute).t()[:, group]
-    weight *= scale.to(compute).t()[:, group]
-    return weight.to(dtype)
+    values = unpack_nibbles(weight.packed, weight.in_features).to(compute)
+    columns = torch.arange(weight.in_features, device=weight.packed.device)
+    if weight.group_size == WHOLE_ROW:
+        group = torch.zeros_like(columns)
+    else:
+        group = (columns + weight.group_offset) // weight.group_size
+    values += weight.zero_point.to(compute).t()[:, group]
+    values *= weight.scale.to(compute).t()[:, group]
+    return values.to(dtype)
+
+
+def block_rows(weight: RuntimeWeight, first: int, count: int) -> RuntimeWeight:
+    """Blocks `first` to first + count - 1 (of 64 rows) of a weight, as a weight of their own."""
+    blocks = slice(first, first + count)
+    tiles = slice(first * BLOCK // 16, (first + count) * BLOCK // 16)
+    arrivals = slice(first * ARRIVALS_PER_BLOCK, (first + count) * ARRIVALS_PER_BLOCK)
+    return replace(
+        weight,
+        words=weight.words[blocks],
+        scales=weight.scales[:, tiles].contiguous(),
+        arrivals=weight.arrivals[arrivals],
+        out_features=min(count * BLOCK, weight.out_features - first * BLOCK),
+    )
 
 
 def w4a16_reference(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor,
-    bias: torch.Tensor | None,
-    group_size: int,
-    group_offset: int,
+    x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Multiply x [..., K] by a transposed int4 weight [N, K], add bias [N]: [..., N].
 
     Computed in fp32 and rounded once to x.dtype. Any strides, any leading dimensions, 0 tokens
-    included. The weight is dequantized a block of rows at a time, never whole if it is large.
+    included. The weight is dequantized some rows at a time, never whole if it is large.
     """
-    in_features = x.shape[-1]
-    out_features = packed.shape[1]
-    tokens = x.reshape(-1, in_features).float()
-    y = tokens.new_empty((tokens.shape[0], out_features))
-    block = max(1, CHUNK_WEIGHTS // in_features)
-    for start in range(0, out_features, block):
-        rows = slice(start, start + block)
-        weight = dequantize(
-            packed[:, rows],
-            scale[:, rows],
-            zero_point[:, rows],
-            in_features,
-            group_size,
-            group_offset,
-        )
-        y[:, rows] = tokens @ weight.t()
+    n, k = weight.shape
+    tokens = x.reshape(-1, k).float()
+    y = tokens.new_empty((tokens.shape[0], n))
+    blocks = weight.words.shape[0]
+    step = max(1, CHUNK_WEIGHTS // (k * BLOCK))
+    for first in range(0, blocks, step):
+        part = block_rows(weight, first, min(step, blocks - first))
+        rows = slice(first * BLOCK, first * BLOCK + part.out_features)
+        y[:, rows] = tokens @ dequantize(to_quantized(part)).t()
     if bias is not None:
         y += bias.float()
-    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+    return y.to(x.dtype).reshape(*x.shape[:-1], n)

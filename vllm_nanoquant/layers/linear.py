@@ -23,7 +23,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_nanoquant import compat
-from vllm_nanoquant.kernels.ops import w4a16, warm_up
+from vllm_nanoquant.kernels.layout import RuntimeWeight
+from vllm_nanoquant.kernels.ops import warm_up
 from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
@@ -73,6 +74,7 @@ class NanoquantLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.ledger = ledger
         self.group_offset = 0
+        self.out_features = 0
         self.device = torch.get_default_device()
         # Dummy weights never come through a loader, so there is nothing to count.
         self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
@@ -109,7 +111,6 @@ class NanoquantLinearMethod(LinearMethodBase):
         # Rows that only pad the vocabulary are never loaded (vLLM 0.32 and later read this).
         weight.weight_loader_numel = self._rows_to_load(layer, rows) * columns.columns_read
         layer.register_parameter("weight", weight)
-        self.group_offset = columns.kept[0]
         self.ledger.expect(self.prefix)
         compat.process_when_loaded(layer)
 
@@ -134,44 +135,41 @@ class NanoquantLinearMethod(LinearMethodBase):
         # vLLM's loader still holds the parameter; its memory is wanted now.
         weight.data = weight.data.new_empty(0)
         del layer.weight
-        self._keep(layer, quantized, dtype)
+        self.out_features = quantized.out_features
+        self.group_offset = quantized.group_offset
+        nbytes = self._keep(layer, quantized, dtype)
         setattr(layer, _PROCESSED, True)
         bytes_before = math.prod(quantized.shape) * dtype.itemsize
-        if self.ledger.finish(self.prefix, bytes_before, quantized.nbytes):
+        if self.ledger.finish(self.prefix, bytes_before, nbytes):
             logger.info("%s: %s", METHOD, self.ledger.summary())
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
-        return w4a16(
+        return torch.ops.nanoquant.w4a16(
             x,
             layer.weight_packed,
             layer.weight_scale,
-            layer.weight_zero_point,
+            layer.weight_arrivals,
             bias,
+            self.out_features,
             self.scheme.group_size,
             self.group_offset,
         )
 
-    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight, dtype: torch.dtype) -> None:
-        """Register the int4 tensors, and compile the kernels that they will meet while serving."""
-        for name, tensor in (
-            ("weight_packed", quantized.packed),
-            ("weight_scale", quantized.scale),
-            ("weight_zero_point", quantized.zero_point),
-        ):
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        warm_up(
-            layer.weight_packed,
-            layer.weight_scale,
-            layer.weight_zero_point,
-            getattr(layer, "bias", None),
-            quantized.in_features,
-            quantized.group_size,
-            quantized.group_offset,
-            dtype,
-        )
+    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight, dtype: torch.dtype) -> int:
+        """Register the tensors of the runtime layout, and compile the kernels that they will meet.
+
+        Returns the bytes of the tensors.
+        """
+        weight = RuntimeWeight.from_quantized(quantized)
+        layer.register_parameter("weight_packed", Parameter(weight.words, requires_grad=False))
+        layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
+        # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
+        layer.register_buffer("weight_arrivals", weight.arrivals, persistent=False)
+        warm_up(weight, getattr(layer, "bias", None), dtype)
+        return weight.nbytes
 
     def _refuse_single_group_in_proj(self, layer: torch.nn.Module) -> None:
         """Refuse the one layer whose loader vLLM replaces: our weight would stay unfilled."""

@@ -13,6 +13,8 @@ all columns of the groups it touches, quantizes them, and cuts its share out of 
 
 from dataclasses import dataclass
 
+from vllm_nanoquant.quantize.groups import WHOLE_ROW
+
 
 @dataclass(frozen=True)
 class ColumnShare:
@@ -45,8 +47,10 @@ def column_share(in_features: int, share: int, rank: int, group_size: int) -> Co
         in_features: K of the whole layer.
         share: K of one rank; K itself where the layer does not split its input.
         rank: tensor-parallel rank; ignored where the layer does not split its input.
-        group_size: inputs per scale.
+        group_size: inputs per scale, or WHOLE_ROW.
     """
+    if group_size == WHOLE_ROW:
+        group_size = in_features
     start = rank * share if share < in_features else 0
     stop = start + share
     return ColumnShare(

@@ -3,16 +3,19 @@
 
 A weight W [N, K] is cut into groups of `group_size` columns. With one bf16 scale and one bf16 zero
 point per group and row, `W ~ (q + zero_point) * scale`, where q is an integer from 0 to 15. The
-last group may be ragged, and after a slice along K the first one may be as well.
+last group may be ragged, and after a slice along K the first one may be as well. A group may also
+be a whole row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-GROUP_SIZES = (32, 64, 128)
+WHOLE_ROW = -1
+"""The group size that means one group per row, however long."""
+GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
 
 
 def group_count(in_features: int, group_size: int, group_offset: int = 0) -> int:
@@ -20,7 +23,19 @@ def group_count(in_features: int, group_size: int, group_offset: int = 0) -> int
 
     `group_offset` is the number of columns of the first group that lie before the first column.
     """
-    return -(-(in_features + group_offset) // group_size)
+    return 1 if group_size == WHOLE_ROW else -(-(in_features + group_offset) // group_size)
+
+
+def validate_group(group_size: int, group_offset: int) -> None:
+    """Raise ValueError for a group size that does not exist, or an offset that is not inside it."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size is {group_size}; it must be one of {GROUP_SIZES}")
+    limit = 1 if group_size == WHOLE_ROW else group_size
+    if not 0 <= group_offset < limit:
+        raise ValueError(
+            f"group_offset is {group_offset}; it must be at least 0 and less than {limit} where "
+            f"the group size is {group_size}"
+        )
 
 
 def validate_quantized(
@@ -36,15 +51,9 @@ def validate_quantized(
     Wanted: `packed` uint8 [ceil(in_features / 2), N], `scale` and `zero_point` bf16 [G, N] with
     G = `group_count(in_features, group_size, group_offset)`, all contiguous and on one device.
     """
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {group_size}; it must be one of {GROUP_SIZES}")
+    validate_group(group_size, group_offset)
     if in_features < 1:
         raise ValueError(f"in_features is {in_features}; a weight has at least one column")
-    if not 0 <= group_offset < group_size:
-        raise ValueError(
-            f"group_offset is {group_offset}; it must be at least 0 and less than the group size, "
-            f"{group_size}"
-        )
     if packed.dim() != 2 or packed.shape[0] != (in_features + 1) // 2:
         raise ValueError(
             f"the packed weight has shape {list(packed.shape)}; {in_features} columns need "
@@ -77,7 +86,7 @@ class QuantizedWeight:
             high nibble. The high nibble of the last row is 0 when K is odd.
         scale: bf16 [G, N].
         zero_point: bf16 [G, N], in units of the scale; it need not be a whole number.
-        group_size: columns per group.
+        group_size: columns per group, or WHOLE_ROW.
         in_features: K.
         group_offset: columns of the first group that lie before column 0, as in a
             tensor-parallel rank's share: column k is in group (k + group_offset) // group_size.
@@ -166,6 +175,14 @@ def slice_columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWe
     if (stop - start) % 2:
         packed[-1] &= 15
     size = weight.group_size
+    if size == WHOLE_ROW:
+        return replace(
+            weight,
+            packed=packed,
+            scale=weight.scale.clone(),
+            zero_point=weight.zero_point.clone(),
+            in_features=stop - start,
+        )
     first_group = (start + weight.group_offset) // size
     groups = slice(first_group, group_count(stop, size, weight.group_offset))
     return QuantizedWeight(

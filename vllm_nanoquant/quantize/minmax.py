@@ -7,6 +7,7 @@ import torch
 
 from vllm_nanoquant.quantize.groups import (
     GROUP_SIZES,
+    WHOLE_ROW,
     QuantizedWeight,
     group_count,
     pack_nibbles,
@@ -42,17 +43,18 @@ def quantize_minmax(
     rows, columns = weight.shape
     device = device or weight.device
     groups = group_count(columns, group_size)
+    width = columns if group_size == WHOLE_ROW else group_size
     packed = torch.empty(((columns + 1) // 2, rows), dtype=torch.uint8, device=device)
     scale = torch.empty((groups, rows), dtype=torch.bfloat16, device=device)
     zero_point = torch.empty_like(scale)
-    chunk = min(rows, max(1, CHUNK_WEIGHTS // (groups * group_size)))
+    chunk = min(rows, max(1, CHUNK_WEIGHTS // (groups * width)))
     # Zero columns pad the ragged group; they change neither min(0, ...) nor max(0, ...).
-    work = torch.zeros((chunk, groups * group_size), dtype=torch.float32, device=device)
+    work = torch.zeros((chunk, groups * width), dtype=torch.float32, device=device)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         values = work[: part.stop - start]
         values[:, :columns] = weight[part]
-        part_scale, part_zero = _quantize_chunk(values.view(-1, groups, group_size))
+        part_scale, part_zero = _quantize_chunk(values.view(-1, groups, width))
         scale[:, part] = part_scale.t()
         zero_point[:, part] = part_zero.t()
         packed[:, part] = pack_nibbles(values[:, :columns].to(torch.uint8))

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring the contestants on one layer, side by side."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.kernels.accuracy import MOST_ERROR, poison, relative_error
+from benchmarks.kernels.layers import Layer
+from benchmarks.kernels.peers import FLOOR
+from benchmarks.kernels.peers.base import Peer, Refused, Weight, prepare_largest_group
+from benchmarks.kernels.peers.read_floor import packed_words
+from benchmarks.kernels.report import Report
+from vllm_nanoquant.kernels.timing import Call, Timer, copies_needed
+
+SEED = 0
+# As of a model's weights; it decides nothing but that no scale is 0.
+STANDARD_DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What does not change from layer to layer.
+
+    Attributes:
+        peers: the contestants, in the order in which they are measured.
+        with_floor: whether the read floor is measured too.
+        tokens: numbers of tokens.
+        group_size: columns per scale that are asked of the contestants.
+        replays: how often each graph is timed.
+        timer: what times.
+        device: where.
+        report: what is found goes there.
+    """
+
+    peers: Sequence[Peer]
+    with_floor: bool
+    tokens: Sequence[int]
+    group_size: int
+    replays: int
+    timer: Timer
+    device: torch.device
+    report: Report
+
+    def measure(self, layer: Layer) -> None:
+        """Measure every contestant at every number of tokens, and free the memory again."""
+        if self.with_floor:
+            self._measure_floor(layer)
+        random = torch.Generator(self.device).manual_seed(SEED)
+        prepared = self._prepare(layer, random)
+        for tokens in filter(layer.takes, self.tokens):
+            x = torch.randn(
+                tokens, layer.k, generator=random, dtype=torch.bfloat16, device=self.device
+            )
+            for peer, copies in prepared:
+                if peer.is_measured_at(tokens):
+                    self._measure_peer(layer, peer, copies, x)
+        self._note_gaps(layer, [peer for peer, _ in prepared])
+        del prepared
+        gc.collect()
+        self._free()
+
+    def _prepare(self, layer: Layer, random: torch.Generator) -> list[tuple[Peer, list[Weight]]]:
+        """Each contestant that takes the layer, with enough copies of its form of the weight."""
+        dense = torch.randn(
+            layer.n, layer.k, generator=random, dtype=torch.bfloat16, device=self.device
+        )
+        dense.mul_(STANDARD_DEVIATION)
+        prepared = []
+        for peer in self.peers:
+            try:
+                weight = prepare_largest_group(peer, dense, self.group_size)
+                copies = [weight.copy() for _ in range(copies_needed(weight.nbytes) - 1)]
+            except Exception as error:
+                self.report.refuse(layer, peer.name, _as_refusal(error))
+            else:
+                prepared.append((peer, [weight, *copies]))
+            self._free()
+        return prepared
+
+    def _measure_peer(
+        self, layer: Layer, peer: Peer, copies: Sequence[Weight], x: torch.Tensor
+    ) -> None:
+        """One figure, or the reason why there is none; x is bf16 [M, K]."""
+        try:
+            error = _checked_error(copies[0], x, layer.n)
+            times = self.timer([_call(weight, x) for weight in copies], self.replays)
+        except Exception as failure:
+            self.report.refuse(layer, peer.name, _as_refusal(failure), x.shape[0])
+        else:
+            size = copies[0].group_size
+            self.report.measured(layer, x.shape[0], peer.name, size, times, error)
+
+    def _measure_floor(self, layer: Layer) -> None:
+        """The least time in which the packed integers can be read."""
+        try:
+            found = []
+            for words in packed_words(layer.n, layer.k, self.device):
+                words.check()
+                copies = [words.copy() for _ in range(copies_needed(words.nbytes))]
+                found.append(self.timer([each.read for each in copies], self.replays))
+        except Exception as error:
+            self.report.refuse(layer, FLOOR, _as_refusal(error))
+        else:
+            fastest = min(found, key=lambda times: times.median)
+            self.report.measured(layer, None, FLOOR, None, fastest, None)
+        self._free()
+
+    def _note_gaps(self, layer: Layer, peers: Sequence[Peer]) -> None:
+        """Record the figures that were never wanted."""
+        for peer in peers:
+            beyond = [tokens for tokens in self.tokens if not layer.takes(tokens)]
+            if beyond:
+                reason = f"not measured: no more than {layer.most_tokens} tokens reach this layer"
+                self.report.skip(layer, peer.name, beyond, reason)
+            within = filter(layer.takes, self.tokens)
+            unwanted = [tokens for tokens in within if not peer.is_measured_at(tokens)]
+            if unwanted:
+                self.report.skip(layer, peer.name, unwanted, f"not measured: {peer.limits()}")
+
+    def _free(self) -> None:
+        """Give memory that nothing holds any more back to the GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _checked_error(weight: Weight, x: torch.Tensor, n: int) -> float:
+    """Mean relative error of a first call, x being bf16 [M, K]; Refused if the result is wrong."""
+    poison(x, n)
+    y = weight.call(x)
+    if y.shape != (x.shape[0], n):
+        raise Refused(f"wrong result: shape {list(y.shape)}, not {[x.shape[0], n]}")
+    error = relative_error(y, x, weight.exact())
+    if not error <= MOST_ERROR:  # true of NaN as well
+        raise Refused(f"wrong result: mean relative error {error:.1e}")
+    return error
+
+
+def _call(weight: Weight, x: torch.Tensor) -> Call:
+    """A call on one of the copies."""
+    return lambda: weight.call(x)
+
+
+def _as_refusal(error: Exception) -> Refused:
+    """The error in one line, named after its type unless it is a refusal already."""
+    if isinstance(error, Refused):
+        return error
+    lines = str(error).strip().splitlines() or ["no message"]
+    return Refused(f"{type(error).__name__}: {lines[0]}")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time the W4A16 op beside its rivals on the layers of Nemotron-Nano-9B-v2.
+
+    python benchmarks/kernels/run.py --output benchmarks/kernels/results/h200.json
+
+Method: for each contestant and layer, enough copies of the weight that one round over them reads
+at least 256 MiB (no cache holds that); a CUDA graph that makes one call per copy; the median of
+its timed replays divided by the number of copies, and the least and the greatest beside it. For
+each number of tokens the contestants follow one another in one process. Beside each time stands
+the error against the fp64 product of the contestant's own dequantized weights, mean
+|y - expected| / mean |expected|, taken in memory that was full of NaN before. Memory is freed
+between layers, and the result file is written after each.
+
+A contestant that cannot run is refused with a reason, which is printed and kept. The status is 1
+if that happened to ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
+
+from benchmarks.kernels.layers import MODEL  # noqa: E402
+from benchmarks.kernels.measure import SEED, Bench  # noqa: E402
+from benchmarks.kernels.options import Options, parse_options  # noqa: E402
+from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
+from benchmarks.kernels.peers.base import Peer  # noqa: E402
+from benchmarks.kernels.report import Report, describe_device, versions  # noqa: E402
+from vllm_nanoquant.kernels.timing import (  # noqa: E402
+    LONG_CALL_REPLAYS,
+    LONG_CALL_US,
+    ROTATED_BYTES,
+    Timer,
+    time_in_graph,
+)
+
+
+def benchmark(
+    options: Options, peers: Sequence[Peer], timer: Timer, device: torch.device, report: Report
+) -> Report:
+    """Measure peers on every layer, and write the report after each; what it holds then.
+
+    Args:
+        options: what to measure; of its peers only whether the read floor is among them counts.
+        peers: the contestants.
+        timer: times calls in microseconds.
+        device: where the weights lie.
+        report: what is found is added to it.
+    """
+    bench = Bench(
+        peers=peers,
+        with_floor=FLOOR in options.peers,
+        tokens=options.tokens,
+        group_size=options.group_size,
+        replays=options.replays,
+        timer=timer,
+        device=device,
+        report=report,
+    )
+    for layer in options.layers:
+        bench.measure(layer)
+        report.complete = layer is options.layers[-1]
+        report.write(options.output)
+    return report
+
+
+def describe_problem(options: Options) -> dict[str, object]:
+    """What is measured, and how."""
+    return {
+        "what": "y [M, N] = x [M, K] bf16 times a weight [N, K]; microseconds per call",
+        "model": MODEL,
+        "group_size": options.group_size,
+        "tokens": options.tokens,
+        "rotated_bytes": ROTATED_BYTES,
+        "replays": options.replays,
+        "replays_of_long_calls": min(options.replays, LONG_CALL_REPLAYS),
+        "long_call_us": LONG_CALL_US,
+        "seed": SEED,
+        "error": "mean |y - expected| / mean |expected|, expected in fp64 of what was packed",
+        "read_floor": "reads the packed integers alone, 16 bytes a load, in the fastest of a few "
+        "block sizes",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a line per figure, and write the JSON file; the exit status."""
+    options = parse_options(arguments)
+    if not torch.cuda.is_available():
+        print("no CUDA GPU: torch.cuda.is_available() is false", file=sys.stderr)
+        return 2
+    # Before a contestant imports vLLM.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    device = torch.device("cuda", torch.cuda.current_device())
+    report = Report(describe_problem(options), describe_device(device), versions())
+    peers = [load(name) for name in options.peers if name in CONTESTANTS]
+    benchmark(options, peers, time_in_graph, device, report)
+    return int(any(refusal["peer"] == "ours" for refusal in report.refused))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

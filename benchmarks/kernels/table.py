@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the figures of a result file into Markdown files.
+
+    python benchmarks/kernels/table.py RESULT.json --write README.md docs/benchmarks.md
+    python benchmarks/kernels/table.py RESULT.json --check README.md docs/benchmarks.md
+
+What lies between the lines `<!-- kernels:begin -->` and `<!-- kernels:end -->` is replaced: in a
+file called README.md by a summary, in any other by all tables. With --check nothing is written,
+and the status is 1 unless every file is up to date. With neither, the tables are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.kernels.results import Results
+from benchmarks.kernels.sections import full, summary
+
+BEGIN = "<!-- kernels:begin -->"
+END = "<!-- kernels:end -->"
+
+
+def section_for(path: Path, results: Results) -> str:
+    """The tables that belong into this file."""
+    return summary(results) if path.name == "README.md" else full(results)
+
+
+def replace_section(text: str, section: str) -> str:
+    """The text with the section in the place of what is between the two markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in that order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"it needs one line {BEGIN} and after it one line {END}")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{section.strip()}\n{END}{after}"
+
+
+def update(path: Path, results: Results, write: bool) -> bool:
+    """Whether a file was up to date; if not and `write`, it is now.
+
+    Raises:
+        ValueError: the file cannot be read or has no markers; the message names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        wanted = replace_section(text, section_for(path, results))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if write and text != wanted:
+        path.write_text(wanted, encoding="utf-8")
+    return text == wanted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path, help="JSON file of run.py")
+    mode = parser.add_mutually_exclusive_group()
+    for name, what in (("--check", "status 1 unless up to date"), ("--write", "bring up to date")):
+        mode.add_argument(
+            name, type=Path, nargs="+", default=[], metavar="FILE", help=f"Markdown files: {what}"
+        )
+    options = parser.parse_args(arguments)
+    files = [*options.check, *options.write]
+    try:
+        results = Results.read(options.result)
+        if not files:
+            print(f"{summary(results)}\n\n{full(results)}")
+        fresh = {path: update(path, results, bool(options.write)) for path in files}
+    except ValueError as error:
+        parser.error(str(error))
+    stale = [path for path, is_fresh in fresh.items() if not is_fresh]
+    for path in stale:
+        print(f"{path}: {'written' if options.write else 'is not up to date'}")
+    return int(bool(options.check and stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton product of some tens to hundreds of tokens with an int4 weight, in one kernel.
+
+Weights become bf16 in registers, already in the order of the left operand, and are multiplied with
+a tile of x from shared memory. The work is y in tiles of ROWS x TOKENS times the chunks of K that
+each needs, counted tile by tile, and cut into equal runs, one per program:
+
+    tile 0             tile 1             tile 2
+    chunk 0 1 2 3 4 5  0 1 2 3 4 5        0 1 2 3 4 5
+    |- program 0 -|-- program 1 -|-- program 2 --|-- program 3 -|
+
+so every multiprocessor has the same to do, whatever the shape ("stream-K", Osama et al., 2023,
+arXiv:2301.03598). A tile that several programs share is added up by the last of them to arrive, in
+the order of K. Results do not depend on timing; they do depend, in the last bits, on the number of
+tokens.
+
+x is first copied into [chunks, tokens, 128], columns in the order of the words (`layout.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_nanoquant.kernels.fragments import (
+    FOUR_WIDE,
+    load_scales,
+    scale_offsets,
+    word_offsets,
+)
+from vllm_nanoquant.kernels.layout import CHUNK, RuntimeWeight, groups_per_chunk
+from vllm_nanoquant.kernels.settings import (
+    FusedSettings,
+    fused_settings,
+    has_wgmma,
+    launch_options,
+)
+from vllm_nanoquant.kernels.weights import half_weights
+from vllm_nanoquant.quantize.groups import WHOLE_ROW
+
+# Rows of x that one program arranges.
+ARRANGE_ROWS = 16
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
+def arrange_kernel(
+    x_ptr: tl.tensor,
+    arranged_ptr: tl.tensor,
+    tokens: int,
+    k: int,
+    padded_tokens: int,
+    group_offset: int,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Write x [tokens, K] as [chunks, padded tokens, 128], zeros beside K; rest not written."""
+    chunk = tl.program_id(0)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    lane = tl.arange(0, 128)[None, :]
+    column = chunk * 128 + lane - group_offset
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    inside = (row < tokens) & (column >= 0) & (column < k)
+    x = tl.load(x_ptr + row * k + column, mask=inside, other=0.0)
+    # row, run of 32, lane's c, i / 4, i / 2 % 2, i % 2
+    x = tl.reshape(x, (ROWS, 4, 4, 2, 2, 2))
+    wide, narrow = tl.permute(x, (0, 1, 3, 2, 4, 5)), tl.permute(x, (0, 1, 3, 4, 2, 5))
+    x = tl.reshape(wide if WIDE else narrow, (ROWS, 128))
+    offset = (chunk * padded_tokens + row) * 128 + lane
+    tl.store(arranged_ptr + offset, x, mask=row < tokens)
+
+
+@triton.jit
+def after_tensor_cores(words: tl.tensor) -> tl.tensor:
+    """The words, once the tensor cores of Hopper have read all operands given to them so far.
+
+    They read the left operand from registers while the program runs on, and Triton lets the next
+    chunk overwrite it too early (triton-lang/triton#9433). What is made from these words cannot.
+    """
+    return tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; "
+        "mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7;",
+        "=r,=r,=r,=r,r,r,r,r",
+        [words],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@triton.jit
+def chunk_weights(
+    words_0: tl.tensor,
+    words_1: tl.tensor,
+    scales: tl.tensor,
+    T: tl.constexpr,
+    PER_CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """Weights [16 * T, 128] of a chunk, columns in the order of `arrange_kernel`."""
+    first = half_weights(words_0, scales, 0, T, PER_CHUNK, dtype)
+    second = half_weights(words_1, scales, 1, T, PER_CHUNK, dtype)
+    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2, half
+    weights = tl.reshape(tl.join(first, second), (T, 8, 4, 2, 2, 2, 2, 2, 2))
+    wide = tl.permute(weights, (0, 4, 1, 8, 7, 6, 2, 3, 5))
+    narrow = tl.permute(weights, (0, 4, 1, 8, 7, 6, 3, 2, 5))
+    return tl.reshape(wide if WIDE else narrow, (T * 16, 128))
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
+def fused_kernel(
+    arranged_ptr: tl.tensor,
+    words_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    arrivals_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    tokens: int,
+    n: int,
+    chunks: int,
+    padded_tokens: int,
+    scale_stride: int,
+    PER_CHUNK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDE: tl.constexpr,
+    WGMMA: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Write y [tokens, N] = x @ W.T + bias; x as `arrange_kernel` leaves it.
+
+    Words, scales and arrivals as in `RuntimeWeight`; partial is fp32 [programs, 2, TOKENS, ROWS].
+    """
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    T: tl.constexpr = ROWS // 16
+    # 64 bits: units times programs is beyond 32.
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    token_blocks = tl.cdiv(tokens, TOKENS)
+    units = tl.cdiv(n, ROWS) * token_blocks * chunks
+    first_unit = (program * units // programs).to(tl.int32)
+    end_unit = ((program + 1) * units // programs).to(tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for y_tile in range(first_unit // chunks, tl.cdiv(end_unit, chunks)):
+        start = tl.maximum(first_unit - y_tile * chunks, 0)
+        end = tl.minimum(end_unit - y_tile * chunks, chunks)
+        row_block = y_tile // token_blocks
+        first_token = y_tile % token_blocks * TOKENS
+        tile = row_block * T + tl.arange(0, T)
+        if T > 4:
+            # N is padded to 4 tiles; the last block of rows may have more.
+            tile = tl.minimum(tile, tl.cdiv(n, 64) * 4 - 1)
+        words_at = words_ptr + word_offsets(tile, chunks)
+        scales_at = scales_ptr + scale_offsets(tile, PER_CHUNK)
+        x_at = arranged_ptr + first_token * 128
+        x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        y = tl.zeros((ROWS, TOKENS), tl.float32)
+        for chunk in range(start, end):
+            words_0 = tl.load(words_at + chunk * 1024)
+            words_1 = tl.load(words_at + chunk * 1024 + 128)
+            scales = load_scales(scales_at + chunk * scale_stride, tile >= 0)
+            x = tl.load(x_at + chunk * padded_tokens * 128)
+            if WGMMA:
+                words_0 = after_tensor_cores(words_0)
+                words_1 = after_tensor_cores(words_1)
+            weights = chunk_weights(words_0, words_1, scales, T, PER_CHUNK, WIDE, dtype)
+            y = tl.dot(weights, tl.trans(x), y)
+        row = row_block * ROWS + tl.arange(0, ROWS)
+        token = first_token + tl.arange(0, TOKENS)
+        last = (start == 0) & (end == chunks)
+        if not last:
+            # The runs of programs first to final touch this tile.
+            first = ((y_tile * chunks + 1) * programs + units - 1) // units - 1
+            final = ((y_tile + 1) * chunks * programs + units - 1) // units - 1
+            inner = tl.arange(0, ROWS)[:, None] + tl.arange(0, TOKENS)[None, :] * ROWS
+            slot = program * 2 + (program == first).to(tl.int64)
+            tl.store(partial_ptr + slot * (ROWS * TOKENS) + inner, y)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + y_tile, 1, sem="acq_rel")
+            last = arrived == final - first
+            if last:
+                tl.store(arrivals_ptr + y_tile, 0)
+                y = tl.zeros((ROWS, TOKENS), tl.float32)
+                for other in range(first, final + 1):
+                    slot = other * 2 + (other == first).to(tl.int64)
+                    part = partial_ptr + slot * (ROWS * TOKENS) + inner
+                    y += tl.load(part, cache_modifier=".cg")
+        if last:
+            if HAS_BIAS:
+                y += tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
+            tl.store(
+                y_ptr + token[None, :] * n + row[:, None],
+                y.to(dtype),
+                mask=(row < n)[:, None] & (token < tokens)[None, :],
+            )
+
+
+def fused(
+    x: torch.Tensor,
+    weight: RuntimeWeight,
+    bias: torch.Tensor | None,
+    settings: FusedSettings | None = None,
+) -> torch.Tensor:
+    """Multiply x [M, K] by a transposed int4 weight [N, K], add bias [N]: [M, N] in x.dtype.
+
+    x is contiguous and bf16 or fp16, for any M >= 1 up to 1024; see `decode` for the rest.
+    """
+    tokens, k = x.shape
+    n = weight.out_features
+    chunks = weight.words.shape[1]
+    device = x.device
+    chosen = settings or fused_settings(weight, tokens, device)
+    padded_tokens = triton.cdiv(tokens, chosen.tokens) * chosen.tokens
+    four_wide = FOUR_WIDE.value and not has_wgmma(device)
+    arranged = torch.empty((chunks, padded_tokens, CHUNK), dtype=x.dtype, device=device)
+    arrange_kernel[(chunks, triton.cdiv(tokens, ARRANGE_ROWS))](
+        x,
+        arranged,
+        tokens,
+        k,
+        padded_tokens,
+        weight.group_offset,
+        WIDE=four_wide,
+        ROWS=ARRANGE_ROWS,
+        **launch_options(device, num_warps=4, num_stages=1),
+    )
+    programs = chosen.programs(n, tokens, chunks, device)
+    y = torch.empty((tokens, n), dtype=x.dtype, device=device)
+    partial_shape = (programs, 2, chosen.tokens, chosen.rows)
+    partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
+    fused_kernel[(programs,)](
+        arranged,
+        weight.words,
+        weight.scales,
+        bias,
+        partial,
+        weight.arrivals,
+        y,
+        tokens,
+        n,
+        chunks,
+        padded_tokens,
+        0 if weight.group_size == WHOLE_ROW else weight.scales.stride(0),
+        PER_CHUNK=groups_per_chunk(weight.group_size),
+        HAS_BIAS=bias is not None,
+        ROWS=chosen.rows,
+        TOKENS=chosen.tokens,
+        WIDE=four_wide,
+        WGMMA=has_wgmma(device),
+        **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
+    )
+    return y

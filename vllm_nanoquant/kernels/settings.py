@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the kernels are cut up for a shape on a GPU: tables of measured settings, rules for the rest.
+
+A table is `tuning/sm<capability>.json`, written by `python -m vllm_nanoquant.kernels.tune`. It
+counts for GPUs of its capability and number of multiprocessors. Nothing is measured while serving.
+This module does not import Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from vllm_nanoquant.kernels.layout import RuntimeWeight
+
+FUSED_LIMIT = 1024
+"""Most tokens of one fused product; the counters of a weight suffice for these."""
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How `decode` runs up to 8, or up to 16, tokens; bits do not depend on it."""
+
+    tiles: int
+    """Tiles of 16 rows per warp."""
+    warps_n: int
+    """Warps side by side along N."""
+    prefetch: int
+    """Chunks of 128 columns that a warp loads ahead: 1 or 2."""
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How `decode` cuts K, which decides the order of its sums; the same for 1 to 16 tokens."""
+
+    warps_k: int
+    """Warps of a program that take turns along K."""
+    split: int
+    """Programs that share a row of tiles."""
+    up_to_8: DecodeLaunch
+    up_to_16: DecodeLaunch
+
+    def launch(self, tokens: int) -> DecodeLaunch:
+        """How to run a number of tokens."""
+        return self.up_to_8 if tokens <= 8 else self.up_to_16
+
+
+@dataclass(frozen=True)
+class FusedSettings:
+    """How `fused` tiles its result, up to a number of tokens."""
+
+    up_to: int
+    """Most tokens that these settings are for."""
+    rows: int
+    """Rows of W per tile of the result."""
+    tokens: int
+    """Tokens per tile of the result."""
+    warps: int
+    stages: int
+    """Tiles of x and W in flight."""
+    per_multiprocessor: int
+    """Programs that run at once on a multiprocessor."""
+
+    def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
+        """Number of equal runs that the work is cut into.
+
+        As many as run at once; a few less where each tile then falls to whole programs, which
+        saves adding up.
+        """
+        tiles = -(-n // self.rows) * -(-tokens // self.tokens)
+        slots = self.per_multiprocessor * gpu_of(device).multiprocessors
+        per_tile = slots // tiles
+        if per_tile >= 1 and per_tile * tiles >= 0.8 * slots:
+            slots = per_tile * tiles
+        return min(slots, tiles * chunks)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What settings depend on."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def family(self) -> str:
+        """Name of its table: sm86, sm90."""
+        return f"sm{self.capability[0]}{self.capability[1]}"
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """Capability and multiprocessors of a CUDA device; an RTX 3090's elsewhere (for tests)."""
+    if device.type != "cuda":
+        return Gpu((8, 6), 82)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def has_wgmma(device: torch.device) -> bool:
+    """Whether Triton multiplies with Hopper's asynchronous matrix instruction there."""
+    return gpu_of(device).capability[0] == 9
+
+
+def launch_options(device: torch.device, num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Triton's launch options, and the kernels' PDL argument.
+
+    From SM90 on a kernel may start while the one before it ends (programmatic dependent launch).
+    """
+    options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "PDL": False}
+    if gpu_of(device).capability[0] >= 9:
+        options.update(PDL=True, launch_pdl=True)
+    return options
+
+
+@functools.cache
+def table(family: str) -> dict[str, Any]:
+    """The table of a GPU family, empty where there is none."""
+    path = files("vllm_nanoquant.kernels") / "tuning" / f"{family}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _entry(gpu: Gpu, n: int, k: int) -> dict[str, Any]:
+    measured = table(gpu.family)
+    if measured.get("multiprocessors") != gpu.multiprocessors:
+        return {}
+    return measured["shapes"].get(f"{n}x{k}", {})
+
+
+@functools.cache
+def _decode_settings(gpu: Gpu, n: int, k: int, chunks: int) -> DecodeSettings:
+    entry = _entry(gpu, n, k).get("decode")
+    if entry is None:
+        return decode_rule(gpu, n, chunks)
+    return DecodeSettings(
+        entry["warps_k"],
+        entry["split"],
+        DecodeLaunch(**entry["up_to_8"]),
+        DecodeLaunch(**entry["up_to_16"]),
+    )
+
+
+def decode_settings(weight: RuntimeWeight, device: torch.device) -> DecodeSettings:
+    """Settings of `decode` for a weight: from the table, else by the rule."""
+    chosen = _decode_settings(gpu_of(device), *weight.shape, weight.words.shape[1])
+    if weight.group_size == 32 and chosen.up_to_16.tiles > 2:
+        # Four groups per chunk and 16 tokens: more tiles would not fit into the registers.
+        chosen = replace(chosen, up_to_16=replace(chosen.up_to_16, tiles=2))
+    return chosen
+
+
+def decode_rule(gpu: Gpu, n: int, chunks: int) -> DecodeSettings:
+    """Settings of `decode` for a shape that nobody measured.
+
+    About 15 warps per multiprocessor with two tiles each, or 11 with four, keep enough loads in
+    flight; K is split until there are that many, and no warp is left without a chunk.
+    """
+    wanted = 15 * gpu.multiprocessors
+    tiles = -(-n // 32)
+    short = DecodeLaunch(tiles=2, warps_n=1, prefetch=2)
+    tall = DecodeLaunch(tiles=4, warps_n=1, prefetch=1)
+    if 4 * tiles > wanted:
+        # Many rows: fewer, taller programs, so that x is read less often.
+        warps_k = 4 if 2 * tiles <= wanted else 2
+        return DecodeSettings(min(warps_k, _power_of_two(chunks)), 1, tall, short)
+    if 5 * tiles > wanted:
+        return DecodeSettings(min(4, _power_of_two(chunks)), 1, short, tall)
+    warps_k = min(2, _power_of_two(chunks))
+    split = min(wanted // (tiles * warps_k), 16, -(-chunks // warps_k))
+    # Whole chunks per warp: no more programs than needed for the same number of steps.
+    steps = -(-chunks // (warps_k * split))
+    split = -(-chunks // (warps_k * steps))
+    return DecodeSettings(warps_k, split, short, tall)
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
+
+
+_HOPPER_FUSED = (
+    FusedSettings(32, rows=64, tokens=32, warps=4, stages=4, per_multiprocessor=3),
+    FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3),
+    FusedSettings(256, rows=128, tokens=128, warps=8, stages=3, per_multiprocessor=1),
+    FusedSettings(768, rows=128, tokens=256, warps=8, stages=3, per_multiprocessor=1),
+)
+# One warp's tile of a matrix instruction without asynchrony; shared memory of SM86 holds two.
+_AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_multiprocessor=2),)
+
+
+@functools.cache
+def _fused_table(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
+    entries = _entry(gpu, n, k).get("fused")
+    if entries is not None:
+        return tuple(FusedSettings(**each) for each in entries)
+    return _HOPPER_FUSED if gpu.capability[0] == 9 else _AMPERE_FUSED
+
+
+def fused_limit(weight: RuntimeWeight, device: torch.device) -> int:
+    """Most tokens that `fused` is faster for than dequantizing, at most FUSED_LIMIT."""
+    return _fused_table(gpu_of(device), *weight.shape)[-1].up_to
+
+
+def fused_settings(weight: RuntimeWeight, tokens: int, device: torch.device) -> FusedSettings:
+    """Settings of `fused` for a weight and a number of tokens up to `fused_limit`."""
+    steps = _fused_table(gpu_of(device), *weight.shape)
+    return next((each for each in steps if tokens <= each.up_to), steps[-1])
+
+
+def fused_buckets(weight: RuntimeWeight, device: torch.device) -> tuple[int, ...]:
+    """One number of tokens for each of the settings of `fused`, to compile them all."""
+    return tuple(each.up_to for each in _fused_table(gpu_of(device), *weight.shape))
