@@ -118,7 +118,7 @@ def test_what_no_preset_touches(leaf):
     [
         ({"grup_size": 64}, "unknown option 'grup_size'.*did you mean 'group_size'"),
         ({"preset": "fast"}, "preset = 'fast'.*'ssm', 'balanced', 'quality' or 'full'"),
-        ({"group_size": 48}, "group_size = 48.*32, 64 or 128"),
+        ({"group_size": 48}, "group_size = 48.*32, 64, 128 or -1"),
         ({"algorithm": "magic"}, "algorithm = 'magic'.*'minmax'"),
         ({"ignore": ["re:("]}, "'re:\\(' is not a regular expression"),
         ({"overrides": {"lm_head": {"bit": 4}}}, "overrides.lm_head.bit.*did you mean 'bits'"),

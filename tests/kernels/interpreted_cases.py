@@ -204,11 +204,13 @@ def test_decode_by_the_rule(shape: tuple[int, int, int, int], at_end: bool) -> N
     assert mean_relative_error(y, problem.expected()) <= LIMIT[torch.bfloat16]
 
 
-@pytest.mark.parametrize("split", [1, 2, 3, 5])
+@pytest.mark.parametrize("split", [1, 3])
 def test_decode_repeats_itself_and_rows_stand_alone(split: int, at_end: bool) -> None:
     settings = decode_settings(2, split, 2, 1, 2)
-    x, weight, _ = guard(random_problem(16, 70, 900, 64, 32, dtype=torch.float16), at_end)
+    problem = random_problem(16, 70, 900, 64, 32, dtype=torch.float16)
+    x, weight, _ = guard(problem, at_end)
     y = decode(x, weight, None, settings)
+    assert mean_relative_error(y, problem.expected()) <= LIMIT[torch.float16]
     assert torch.equal(decode(x, weight, None, settings), y)
     for row in (0, 3, 15):
         alone = x[row : row + 1].clone()
@@ -261,7 +263,7 @@ def test_fused(
     assert not arguments[1].arrivals.any()
 
 
-@pytest.mark.parametrize("programs", [1, 2, 5, 7, 16, 24])
+@pytest.mark.parametrize("programs", [1, 5, 16])
 def test_fused_however_the_work_is_cut(programs: int, at_end: bool) -> None:
     problem = random_problem(40, 150, 500, 64, 32)
     x, weight, _ = guard(problem, at_end)

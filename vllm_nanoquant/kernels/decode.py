@@ -30,7 +30,7 @@ from vllm_nanoquant.kernels.fragments import (
     FIRST_AXIS,
     FOUR_WIDE,
     high_half,
-    load_scales,
+    load_chunk,
     low_half,
     magic_bias,
     magic_pairs,
@@ -107,18 +107,6 @@ def over_tokens(scales: tl.tensor, T: tl.constexpr, M: tl.constexpr) -> tl.tenso
     return tl.reshape(tl.broadcast_to(scales, (T, 2, 8, M // 8, 4, 2)), (T, 16, M))
 
 
-@triton.jit
-def load_chunk(
-    words_ptr: tl.tensor, scales_ptr: tl.tensor, chunk: tl.tensor, wanted: tl.tensor, stride: int
-) -> tl.tensor:
-    """Words of both halves [T, 128] and scale words of a chunk; zeros where it is not wanted."""
-    words = words_ptr + chunk * 1024
-    mask = wanted[:, None]
-    first = tl.load(words, mask=mask, other=0, eviction_policy="evict_first")
-    second = tl.load(words + 128, mask=mask, other=0, eviction_policy="evict_first")
-    return first, second, load_scales(scales_ptr + chunk * stride, wanted)
-
-
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def decode_kernel(
     x_ptr: tl.tensor,
@@ -168,7 +156,7 @@ def decode_kernel(
     scales_ptr += scale_offsets(tile, PER_CHUNK) + own_scales
     per_split = tl.cdiv(chunks, WARPS_K * SPLIT) * WARPS_K
     start = split * per_split
-    end = chunks if SPLIT == 1 else tl.minimum(start + per_split, chunks)
+    end = tl.minimum(start + per_split, chunks)
     # Every warp takes part in every step; beyond its last chunk it multiplies zeros.
     left = end - start - in_run
     next_0, next_1, next_s = load_chunk(words_ptr, scales_ptr, start, left > 0, scale_stride)

@@ -118,3 +118,15 @@ def scales_of_group(
         even, odd = tl.split(tl.reshape(scales, (T, 8, 4, 2, 2, 2)))
         first, second = tl.split(even if group % 2 == 0 else odd)
         return first if group // 2 == 0 else second
+
+
+@triton.jit
+def load_chunk(
+    words_ptr: tl.tensor, scales_ptr: tl.tensor, chunk: tl.tensor, wanted: tl.tensor, stride: int
+) -> tl.tensor:
+    """Words of both halves [T, 128] and scale words of a chunk; zeros where it is not wanted."""
+    words = words_ptr + chunk * 1024
+    mask = wanted[:, None]
+    first = tl.load(words, mask=mask, other=0, eviction_policy="evict_first")
+    second = tl.load(words + 128, mask=mask, other=0, eviction_policy="evict_first")
+    return first, second, load_scales(scales_ptr + chunk * stride, wanted)

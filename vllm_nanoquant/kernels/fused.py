@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton product of some tens to hundreds of tokens with an int4 weight, in one kernel.
 
-Weights become bf16 in registers, already in the order of the left operand, and are multiplied with
-a tile of x from shared memory. The work is y in tiles of ROWS x TOKENS times the chunks of K that
-each needs, counted tile by tile, and cut into equal runs, one per program:
+Words come through shared memory, a few chunks ahead, or, where x needs that memory (PREFETCH),
+straight into registers, one chunk ahead. They become weights in bf16, already in the order of the
+left operand, and are multiplied with a tile of x from shared memory. The work is y in tiles of
+ROWS x TOKENS times the chunks of K that each needs, counted tile by tile, and cut into equal runs,
+one per program:
 
     tile 0             tile 1             tile 2
     chunk 0 1 2 3 4 5  0 1 2 3 4 5        0 1 2 3 4 5
@@ -25,6 +27,7 @@ import triton.language as tl
 
 from vllm_nanoquant.kernels.fragments import (
     FOUR_WIDE,
+    load_chunk,
     load_scales,
     scale_offsets,
     word_offsets,
@@ -92,23 +95,43 @@ def after_tensor_cores(words: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def chunk_weights(
-    words_0: tl.tensor,
-    words_1: tl.tensor,
+def left_operand(
+    words: tl.tensor,
     scales: tl.tensor,
+    half: tl.constexpr,
     T: tl.constexpr,
     PER_CHUNK: tl.constexpr,
     WIDE: tl.constexpr,
     dtype: tl.constexpr,
 ) -> tl.tensor:
-    """Weights [16 * T, 128] of a chunk, columns in the order of `arrange_kernel`."""
-    first = half_weights(words_0, scales, 0, T, PER_CHUNK, dtype)
-    second = half_weights(words_1, scales, 1, T, PER_CHUNK, dtype)
-    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2, half
-    weights = tl.reshape(tl.join(first, second), (T, 8, 4, 2, 2, 2, 2, 2, 2))
-    wide = tl.permute(weights, (0, 4, 1, 8, 7, 6, 2, 3, 5))
-    narrow = tl.permute(weights, (0, 4, 1, 8, 7, 6, 3, 2, 5))
-    return tl.reshape(wide if WIDE else narrow, (T * 16, 128))
+    """Weights [16 * T, 64] of half a chunk, columns in the order of `arrange_kernel`."""
+    weights = half_weights(words, scales, half, T, PER_CHUNK, dtype)
+    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2
+    weights = tl.reshape(weights, (T, 8, 4, 2, 2, 2, 2, 2))
+    wide = tl.permute(weights, (0, 4, 1, 7, 6, 2, 3, 5))
+    narrow = tl.permute(weights, (0, 4, 1, 7, 6, 3, 2, 5))
+    return tl.reshape(wide if WIDE else narrow, (T * 16, 64))
+
+
+@triton.jit
+def store_tile(
+    y: tl.tensor,
+    y_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    row: tl.tensor,
+    token: tl.tensor,
+    n: int,
+    tokens: int,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    """Write a finished tile [rows, tokens] of the result, plus bias, to y [tokens, N]."""
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
+    tl.store(
+        y_ptr + token[None, :] * n + row[:, None],
+        y.to(y_ptr.dtype.element_ty),
+        mask=(row < n)[:, None] & (token < tokens)[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
@@ -129,6 +152,7 @@ def fused_kernel(
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
+    PREFETCH: tl.constexpr,
     WIDE: tl.constexpr,
     WGMMA: tl.constexpr,
     PDL: tl.constexpr,
@@ -161,22 +185,36 @@ def fused_kernel(
         words_at = words_ptr + word_offsets(tile, chunks)
         scales_at = scales_ptr + scale_offsets(tile, PER_CHUNK)
         x_at = arranged_ptr + first_token * 128
-        x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, 64)[None, :]
         y = tl.zeros((ROWS, TOKENS), tl.float32)
+        if PREFETCH:
+            next_0, next_1, next_s = load_chunk(words_at, scales_at, start, tile >= 0, scale_stride)
         for chunk in range(start, end):
-            words_0 = tl.load(words_at + chunk * 1024)
-            words_1 = tl.load(words_at + chunk * 1024 + 128)
-            scales = load_scales(scales_at + chunk * scale_stride, tile >= 0)
-            x = tl.load(x_at + chunk * padded_tokens * 128)
+            if PREFETCH:
+                words_0, words_1, scales = next_0, next_1, next_s
+                more = (tile >= 0) & (chunk + 1 < end)
+                next_0, next_1, next_s = load_chunk(
+                    words_at, scales_at, chunk + 1, more, scale_stride
+                )
+            else:
+                words_0 = tl.load(words_at + chunk * 1024)
+                words_1 = tl.load(words_at + chunk * 1024 + 128)
+                scales = load_scales(scales_at + chunk * scale_stride, tile >= 0)
+            x_0 = tl.load(x_at + chunk * padded_tokens * 128)
+            x_1 = tl.load(x_at + chunk * padded_tokens * 128 + 64)
             if WGMMA:
                 words_0 = after_tensor_cores(words_0)
                 words_1 = after_tensor_cores(words_1)
-            weights = chunk_weights(words_0, words_1, scales, T, PER_CHUNK, WIDE, dtype)
-            y = tl.dot(weights, tl.trans(x), y)
+            # One half is multiplied while the other is unpacked.
+            weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
+            y = tl.dot(weights, tl.trans(x_0), y)
+            weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
+            y = tl.dot(weights, tl.trans(x_1), y)
         row = row_block * ROWS + tl.arange(0, ROWS)
         token = first_token + tl.arange(0, TOKENS)
-        last = (start == 0) & (end == chunks)
-        if not last:
+        if (start == 0) & (end == chunks):
+            store_tile(y, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
+        else:
             # The runs of programs first to final touch this tile.
             first = ((y_tile * chunks + 1) * programs + units - 1) // units - 1
             final = ((y_tile + 1) * chunks * programs + units - 1) // units - 1
@@ -185,22 +223,14 @@ def fused_kernel(
             tl.store(partial_ptr + slot * (ROWS * TOKENS) + inner, y)
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr + y_tile, 1, sem="acq_rel")
-            last = arrived == final - first
-            if last:
+            if arrived == final - first:
                 tl.store(arrivals_ptr + y_tile, 0)
-                y = tl.zeros((ROWS, TOKENS), tl.float32)
+                total = tl.zeros((ROWS, TOKENS), tl.float32)
                 for other in range(first, final + 1):
                     slot = other * 2 + (other == first).to(tl.int64)
                     part = partial_ptr + slot * (ROWS * TOKENS) + inner
-                    y += tl.load(part, cache_modifier=".cg")
-        if last:
-            if HAS_BIAS:
-                y += tl.load(bias_ptr + row, mask=row < n, other=0.0).to(tl.float32)[:, None]
-            tl.store(
-                y_ptr + token[None, :] * n + row[:, None],
-                y.to(dtype),
-                mask=(row < n)[:, None] & (token < tokens)[None, :],
-            )
+                    total += tl.load(part, cache_modifier=".cg")
+                store_tile(total, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
 
 
 def fused(
@@ -253,6 +283,7 @@ def fused(
         HAS_BIAS=bias is not None,
         ROWS=chosen.rows,
         TOKENS=chosen.tokens,
+        PREFETCH=chosen.prefetch,
         WIDE=four_wide,
         WGMMA=has_wgmma(device),
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),

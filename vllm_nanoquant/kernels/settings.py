@@ -65,6 +65,8 @@ class FusedSettings:
     """Tiles of x and W in flight."""
     per_multiprocessor: int
     """Programs that run at once on a multiprocessor."""
+    prefetch: bool = False
+    """Words come straight into registers, not through shared memory."""
 
     def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
         """Number of equal runs that the work is cut into.
@@ -186,8 +188,10 @@ _HOPPER_FUSED = (
     FusedSettings(32, rows=64, tokens=32, warps=4, stages=4, per_multiprocessor=3),
     FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3),
     FusedSettings(256, rows=128, tokens=128, warps=8, stages=3, per_multiprocessor=1),
-    FusedSettings(768, rows=128, tokens=256, warps=8, stages=3, per_multiprocessor=1),
+    FusedSettings(1024, 128, 256, warps=8, stages=3, per_multiprocessor=1, prefetch=True),
 )
+# A weight with fewer elements is better dequantized from 257 tokens on: too few tiles.
+_SMALL_ON_HOPPER = 30_000_000
 # One warp's tile of a matrix instruction without asynchrony; shared memory of SM86 holds two.
 _AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_multiprocessor=2),)
 
@@ -197,7 +201,9 @@ def _fused_table(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
     entries = _entry(gpu, n, k).get("fused")
     if entries is not None:
         return tuple(FusedSettings(**each) for each in entries)
-    return _HOPPER_FUSED if gpu.capability[0] == 9 else _AMPERE_FUSED
+    if gpu.capability[0] != 9:
+        return _AMPERE_FUSED
+    return _HOPPER_FUSED[:-1] if n * k < _SMALL_ON_HOPPER else _HOPPER_FUSED
 
 
 def fused_limit(weight: RuntimeWeight, device: torch.device) -> int:
