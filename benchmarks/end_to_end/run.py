@@ -59,7 +59,10 @@ def engine_arguments(arguments: argparse.Namespace, preset: str) -> dict[str, An
     }
     if preset != "bf16":
         engine["quantization"] = METHOD
-        engine["hf_overrides"] = {"quantization_config": {"preset": preset}}
+        options: dict[str, Any] = {"preset": preset}
+        if arguments.max_capture_size:
+            options["max_capture_size"] = arguments.max_capture_size
+        engine["hf_overrides"] = {"quantization_config": options}
     return engine
 
 
@@ -105,20 +108,21 @@ def packages() -> dict[str, str]:
     return found
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], batches: list[int], prefill: list[int]) -> str:
     """The figures as a Markdown table, one row a preset."""
-    rows = [
-        "| weights | GiB | peak GiB | load s | tok/s at 1 | 2 | 4 | 8 | ttft 2048 ms |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["weights", "GiB", "peak GiB", "load s"]
+    columns += [f"tok/s at {size}" for size in batches]
+    columns += [f"ttft {length} ms" for length in prefill]
+    rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for preset, result in results.items():
         if "error" in result:
             rows.append(f"| {preset} | failed |")
             continue
         rates = [
             f"{rate['median']:.0f}" for rate in result["decode_tokens_per_second"].values()
-        ] or ["-"] * 4
-        first = [f"{t['median']:.1f}" for t in result["time_to_first_token_ms"].values()] or ["-"]
+        ] or ["-"] * len(batches)
+        first = [f"{t['median']:.1f}" for t in result["time_to_first_token_ms"].values()]
+        first = first or ["-"] * len(prefill)
         memory = [
             str(result.get(name, "-"))
             for name in ("weights_gib", "peak_gib_while_loading", "load_seconds")
@@ -136,6 +140,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["bf16", "ssm", "balanced"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--prefill", nargs="+", type=int, default=[2048])
+    parser.add_argument("--max-capture-size", type=int, help="cap on CUDA graphs; default 8")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--only-load", action="store_true")
@@ -146,6 +151,7 @@ def main() -> None:
             "weights": "random checkpoint" if arguments.checkpoint else "dummy",
             "prompt_tokens": 32,
             "decode_tokens": 128,
+            "max_capture_size": arguments.max_capture_size,
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": packages(),
@@ -156,7 +162,7 @@ def main() -> None:
         report["results"][preset] = measure(arguments, preset, log)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
         print(preset, json.dumps(report["results"][preset]), flush=True)
-    print(table(report["results"]))
+    print(table(report["results"], arguments.batches, arguments.prefill))
 
 
 if __name__ == "__main__":

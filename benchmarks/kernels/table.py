@@ -30,28 +30,29 @@ def section_for(path: Path, results: Results) -> str:
     return summary(results) if path.name == "README.md" else full(results)
 
 
-def replace_section(text: str, section: str) -> str:
+def replace_section(text: str, section: str, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """The text with the section in the place of what is between the two markers.
 
     Raises:
         ValueError: the markers are not there once each, in that order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"it needs one line {BEGIN} and after it one line {END}")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{section.strip()}\n{END}{after}"
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"it needs one line {begin} and after it one line {end}")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n{section.strip()}\n{end}{after}"
 
 
-def update(path: Path, results: Results, write: bool) -> bool:
-    """Whether a file was up to date; if not and `write`, it is now.
+def update(path: Path, section: str, write: bool, markers: tuple[str, str] = (BEGIN, END)) -> bool:
+    """Whether a file has this section between its markers; if not and `write`, it has now.
 
     Raises:
         ValueError: the file cannot be read or has no markers; the message names it.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        wanted = replace_section(text, section_for(path, results))
+        wanted = replace_section(text, section, markers)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results.read(options.result)
         if not files:
             print(f"{summary(results)}\n\n{full(results)}")
-        fresh = {path: update(path, results, bool(options.write)) for path in files}
+        fresh = {
+            path: update(path, section_for(path, results), bool(options.write)) for path in files
+        }
     except ValueError as error:
         parser.error(str(error))
     stale = [path for path, is_fresh in fresh.items() if not is_fresh]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import run, timing
+from benchmarks.kernels import run
 from benchmarks.kernels.accuracy import relative_error
 from benchmarks.kernels.layers import LAYERS, Layer
 from benchmarks.kernels.options import Options, parse_options
@@ -19,6 +19,7 @@ from benchmarks.kernels.peers.base import GroupRefused, Peer, Refused, importabl
 from benchmarks.kernels.peers.bf16 import DenseWeight
 from benchmarks.kernels.peers.symmetric import pack_eight, quantize_symmetric
 from benchmarks.kernels.report import Report
+from vllm_nanoquant.kernels import timing
 
 ROOT = Path(__file__).parents[2]
 SMALL = Layer("small", 24, 64)

@@ -2,6 +2,7 @@
 """Tables and plots of a small result file, written here by hand."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,10 @@ def test_plots_are_the_same_each_time_and_small(result, tmp_path):
         assert content == (second / name).read_bytes()
         assert b"in_proj, 22656 x 4480" in content and b"dc:date" not in content
         assert len(content) < 300_000
+
+
+def test_the_tables_of_the_repository_are_up_to_date():
+    root = Path(__file__).parents[2]
+    result = root / "benchmarks/kernels/results/h200.json"
+    files = [str(root / "README.md"), str(root / "docs/benchmarks.md")]
+    assert table.main([str(result), "--check", *files]) == 0

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton makes of our kernels: registers, shared memory, instructions per weight.
+
+No GPU is needed: Triton compiles for any NVIDIA architecture, and its package brings the tools that
+read the result. `tests/kernels/test_compile.py` sets limits to these figures, and `predict.py`
+predicts times from them.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_nanoquant.kernels import decode, fused, prefill
+from vllm_nanoquant.kernels.layout import CHUNK, TILE, groups_per_chunk
+from vllm_nanoquant.kernels.settings import DecodeSettings, FusedSettings
+
+LANES = 32
+REGISTERS = 65536
+"""Registers of 32 bits of a multiprocessor, from SM80 to SM120."""
+RESERVED_SHARED_BYTES = 1024
+"""What the driver takes of a multiprocessor's shared memory for each program that runs."""
+TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
+_POINTERS = {
+    "words_ptr": "i32",
+    "scales_ptr": "i32",
+    "arrivals_ptr": "i32",
+    "partial_ptr": "fp32",
+}
+_ALWAYS_ALIGNED = (*_POINTERS, "arranged_ptr", "w_ptr", "y_ptr", "scale_stride")
+_LABEL = re.compile(r"\s*(\.L_\S+):")
+_INSTRUCTION = re.compile(
+    r"\s/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*)"
+)
+_PREDICATE = re.compile(r"!?U?P(?:\d|T)")
+_REGISTER = re.compile(r"R(\d+)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code.
+
+    Attributes:
+        opcode: with its modifiers, such as LDG.E.128.
+        operands: separated by commas, as the disassembler prints them.
+    """
+
+    opcode: str
+    operands: str
+
+    @property
+    def kind(self) -> str:
+        """The opcode without modifiers."""
+        return self.opcode.split(".")[0]
+
+    def written(self) -> range:
+        """Numbers of the registers that it writes; none for tensor cores, which write sums."""
+        kind = self.kind
+        if kind in ("HGMMA", "WARPSYNC", "BAR", "R2P") or "SETP" in kind or kind.startswith("BR"):
+            return range(0)
+        operands = [operand.strip() for operand in self.operands.split(",")]
+        while operands and _PREDICATE.fullmatch(operands[0]):
+            del operands[0]
+        register = _REGISTER.match(operands[0]) if operands else None
+        if register is None:
+            return range(0)
+        first = int(register[1])
+        return range(first, first + self._width())
+
+    def _width(self) -> int:
+        """Registers of the result: the widest that the modifiers may mean."""
+        modifiers = self.opcode.split(".")[1:]
+        if "128" in modifiers or "4" in modifiers or self.kind in ("HMMA", "IMMA"):
+            return 4
+        two = {"64", "WIDE", "2"} & set(modifiers)
+        if two or self.kind[0] == "D" or (self.kind == "CS2R" and "32" not in modifiers):
+            return 2
+        return 1
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        spilled_bytes: stack and local memory per thread.
+        shared_bytes: shared memory per program.
+        warps: per program.
+        weights: that a program takes in one turn of the main loop; 0: the kernel has none.
+        loop: the main loop: the innermost one with tensor core instructions; empty if there is
+            none.
+        instructions: all of the kernel.
+        ptx: the text from which the assembler made it.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warps: int
+    weights: int
+    loop: tuple[Instruction, ...]
+    instructions: tuple[Instruction, ...]
+    ptx: str
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """Instructions of the main loop by kind, loads from global memory with their width."""
+        return count_kinds(self.loop)
+
+    @property
+    def per_weight(self) -> float:
+        """Instructions of the main loop per weight, those of all lanes counted.
+
+        Raises:
+            ValueError: the kernel has no main loop.
+        """
+        if not self.loop or not self.weights:
+            raise ValueError("the kernel has no loop with tensor core instructions")
+        return len(self.loop) * LANES * self.warps / self.weights
+
+    @property
+    def loop_spills(self) -> bool:
+        """Whether the main loop reads or writes local memory."""
+        return bool(self.counts["LDL"] or self.counts["STL"])
+
+    def programs_at_once(self, shared_bytes: int, warps: int = 48) -> int:
+        """Programs that a multiprocessor runs at once, of which it has so much memory and warps.
+
+        Registers are given out to a warp in units of 256.
+        """
+        per_warp = -(-self.registers * LANES // 256) * 256
+        return min(
+            REGISTERS // (per_warp * self.warps),
+            shared_bytes // (self.shared_bytes + RESERVED_SHARED_BYTES),
+            warps // self.warps,
+        )
+
+    def summary(self) -> str:
+        """The figures in one line, for messages."""
+        loop = f"{len(self.loop)} instructions in the loop"
+        if self.loop and self.weights:
+            loop += f", {self.per_weight:.2f} per weight"
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.counts.items()))
+        return (
+            f"{self.registers} registers, {self.spilled_bytes} bytes spilled, {self.shared_bytes} "
+            f"bytes of shared memory, {self.warps} warps, {loop} ({kinds})"
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for.
+
+    Attributes:
+        architecture: 86 for SM86.
+        dtype: of x and y: "bf16" or "fp16".
+        group_size: 32, 64 or 128.
+        has_bias: whether a bias is added.
+        group_offset: columns of the first group that lie before column 0.
+        aligned: whether sizes are multiples of 16, as with the layers of real models, and x and
+            the bias start at one. What the plugin allocates always does.
+    """
+
+    architecture: int
+    dtype: str = "bf16"
+    group_size: int = 128
+    has_bias: bool = False
+    group_offset: int = 0
+    aligned: bool = True
+
+
+def compile_decode(settings: DecodeSettings, tokens: int, variant: Variant) -> MachineCode:
+    """The kernel of 1 to 16 tokens."""
+    launch = settings.launch(tokens)
+    warps = launch.warps_n * settings.warps_k
+    code = compile_kernel(
+        decode.decode_kernel,
+        variant,
+        {
+            "M": 8 if tokens <= 8 else 16,
+            "TILES": launch.tiles,
+            "WARPS_N": launch.warps_n,
+            "WARPS_K": settings.warps_k,
+            "SPLIT": settings.split,
+            "PREFETCH": launch.prefetch,
+        },
+        {"num_warps": warps, "num_stages": 1},
+    )
+    return replace(code, weights=warps * launch.tiles * TILE * CHUNK)
+
+
+def compile_fused(settings: FusedSettings, variant: Variant) -> MachineCode:
+    """The kernel of some tens to hundreds of tokens."""
+    hopper = variant.architecture == 90
+    code = compile_kernel(
+        fused.fused_kernel,
+        variant,
+        {
+            "ROWS": settings.rows,
+            "TOKENS": settings.tokens,
+            "PREFETCH": settings.prefetch,
+            "WIDE": fused.FOUR_WIDE.value and not hopper,
+            "WGMMA": hopper,
+        },
+        {"num_warps": settings.warps, "num_stages": settings.stages},
+    )
+    return replace(code, weights=settings.rows * CHUNK)
+
+
+def compile_arrange(variant: Variant) -> MachineCode:
+    """The kernel that copies x for `fused`."""
+    wide = fused.FOUR_WIDE.value and variant.architecture != 90
+    constants = {"WIDE": wide, "ROWS": fused.ARRANGE_ROWS}
+    return compile_kernel(
+        fused.arrange_kernel, variant, constants, {"num_warps": 4, "num_stages": 1}
+    )
+
+
+def compile_dequantize(variant: Variant) -> MachineCode:
+    """The kernel that writes the weight in bf16 or fp16."""
+    constants = {"PER_CHUNK": groups_per_chunk(variant.group_size), "T": prefill.TILES}
+    return compile_kernel(
+        prefill.dequantize_kernel, variant, constants, {"num_warps": prefill.NUM_WARPS}
+    )
+
+
+def compile_kernel(
+    kernel: Any, variant: Variant, constants: Mapping[str, Any], options: dict[str, Any]
+) -> MachineCode:
+    """Compile a kernel of ours, or one whose arguments are called as ours are.
+
+    Arguments in lower case that are no pointers are integers of 32 bits. `constants` holds those in
+    upper case that do not follow from the variant, `options` Triton's.
+    """
+    # As `launch_options` has it: kernels may overlap from SM90 on.
+    overlap = variant.architecture >= 90
+    common = {
+        "PER_CHUNK": groups_per_chunk(variant.group_size),
+        "GROUP_OFFSET": variant.group_offset,
+        "HAS_BIAS": variant.has_bias,
+        "PDL": overlap,
+    } | ({} if variant.has_bias else {"bias_ptr": None})
+    constants = {**constants, **{name: common[name] for name in common if name in kernel.arg_names}}
+    if overlap and "PDL" in constants:
+        options = options | {"launch_pdl": True}
+    signature = {
+        name: "constexpr" if name in constants else _type(name, variant.dtype)
+        for name in kernel.arg_names
+    }
+    attributes = {
+        (index,): [["tt.divisibility", 16]]
+        for index, parameter in enumerate(kernel.params)
+        if variant.aligned and parameter.name not in constants and not parameter.do_not_specialize
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", variant.architecture, LANES),
+        options=options,
+    )
+    return _read(compiled, options["num_warps"])
+
+
+def _type(argument: str, dtype: str) -> str:
+    """Triton's name for the type of an argument of our kernels."""
+    if argument.isupper():
+        raise ValueError(f"the kernel has a constant {argument} that is not given a value here")
+    return f"*{_POINTERS.get(argument, dtype)}" if argument.endswith("_ptr") else "i32"
+
+
+def _read(compiled: Any, warps: int) -> MachineCode:
+    """Disassemble a compiled kernel."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _run_tool("cuobjdump", "--dump-resource-usage", path)
+        text = _run_tool("nvdisasm", "-c", path)
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions, labels = parse(text)
+    return MachineCode(
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
+        warps=warps,
+        weights=0,
+        loop=main_loop(instructions, labels),
+        instructions=instructions,
+        ptx=compiled.asm["ptx"],
+    )
+
+
+def _run_tool(name: str, *arguments: str | Path) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def parse(text: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
+    """Instructions of a disassembly, and for each label the index of the one that follows it."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.search(line):
+            instructions.append(Instruction(found["opcode"], found["operands"].strip()))
+    return tuple(instructions), labels
+
+
+def main_loop(
+    instructions: Sequence[Instruction], labels: Mapping[str, int]
+) -> tuple[Instruction, ...]:
+    """The shortest stretch between a backward branch and its aim that uses tensor cores."""
+    loops = []
+    for index, instruction in enumerate(instructions):
+        aim = re.search(r"\.L_\w+", instruction.operands) if instruction.kind == "BRA" else None
+        if aim and labels.get(aim[0], index + 1) <= index:
+            loops.append(tuple(instructions[labels[aim[0]] : index + 1]))
+    with_tensor_cores = [
+        loop for loop in loops if any(each.kind in TENSOR_CORE_INSTRUCTIONS for each in loop)
+    ]
+    return min(with_tensor_cores, key=len, default=())
+
+
+def count_kinds(instructions: Iterable[Instruction]) -> Counter[str]:
+    """Instructions by kind; loads from global memory as LDG.32, LDG.64 and LDG.128."""
+    counts: Counter[str] = Counter()
+    for instruction in instructions:
+        kind = instruction.kind
+        if kind == "LDG":
+            width = {"U8", "U16", "64", "128"} & set(instruction.opcode.split("."))
+            kind = f"LDG.{width.pop() if width else '32'}"
+        counts[kind] += 1
+    return counts
+
+
+def overwritten_operands(loop: Sequence[Instruction]) -> list[str]:
+    """What in a loop writes a register while Hopper's tensor cores may still read it.
+
+    `HGMMA.64xNx16.F32.BF16 Racc, Ra, gdesc[..], Racc` reads Ra to Ra + 3 some time after it was
+    issued. One marked gsb0 ends a group; `WARPGROUP.DEPBAR.LE gsb0, n` waits until n groups are
+    left at most, oldest first. The loop is followed for two turns, for what one leaves to the next.
+
+    Returns:
+        A line for each such instruction, empty if there is none.
+    """
+    found = []
+    groups: deque[set[int]] = deque()
+    current: set[int] = set()
+    for position, instruction in enumerate([*loop, *loop]):
+        text = f"{instruction.opcode} {instruction.operands}"
+        if instruction.kind == "HGMMA":
+            current |= _left_operand(instruction)
+            if "gsb0" in instruction.operands:
+                groups.append(current)
+                current = set()
+        elif instruction.opcode == "WARPGROUP.DEPBAR.LE":
+            left = int(instruction.operands.split(",")[1], 16)
+            while len(groups) > left:
+                groups.popleft()
+        elif set(instruction.written()) & current.union(*groups):
+            found.append(f"{position % len(loop)}: {text}")
+    return list(dict.fromkeys(found))
+
+
+def _left_operand(instruction: Instruction) -> set[int]:
+    """Registers of the left operand of an HGMMA; empty if it comes from shared memory."""
+    register = _REGISTER.match(instruction.operands.split(",")[1].strip())
+    first = int(register[1]) if register else 0
+    return set(range(first, first + 4)) if register else set()
