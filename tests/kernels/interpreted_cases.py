@@ -204,7 +204,7 @@ def test_decode_by_the_rule(shape: tuple[int, int, int, int], at_end: bool) -> N
     assert mean_relative_error(y, problem.expected()) <= LIMIT[torch.bfloat16]
 
 
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("split", [1, 3, 4])
 def test_decode_repeats_itself_and_rows_stand_alone(split: int, at_end: bool) -> None:
     settings = decode_settings(2, split, 2, 1, 2)
     problem = random_problem(16, 70, 900, 64, 32, dtype=torch.float16)
