@@ -43,7 +43,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kernels.layers import GROUP_SIZE, LAYERS, MODEL, Layer
-from benchmarks.kernels.sections import _table, format_us
+from benchmarks.kernels.sections import format_us, markdown_table
 from benchmarks.kernels.table import update
 from vllm_nanoquant.kernels.layout import BLOCK, CHUNK, TILE, TILE_WORDS, padded
 from vllm_nanoquant.kernels.settings import DecodeSettings, Gpu, decode_rule
@@ -297,7 +297,7 @@ def _gpu_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         cells.setdefault(each["layer"], start).append(times)
     tokens = sorted({each["tokens"] for each in rows})
     head = [f"{number} token{'' if number == 1 else 's'}" for number in tokens]
-    return _table(["layer", "N x K", *head], list(cells.values()))
+    return markdown_table(["layer", "N x K", *head], list(cells.values()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

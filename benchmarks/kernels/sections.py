@@ -32,7 +32,7 @@ def summary(results: Results) -> str:
             "through cuBLAS.",
             f"The least is bold.{_group_note(results)}",
             "",
-            *_table(head, rows),
+            *markdown_table(head, rows),
         ]
     )
 
@@ -112,7 +112,7 @@ def _gains(results: Results) -> list[str]:
         "How many times as fast ours is as each contestant: the geometric mean over the layers and "
         "numbers of tokens that both ran.",
         "",
-        *_table(head, rows),
+        *markdown_table(head, rows),
     ]
 
 
@@ -132,7 +132,7 @@ def _floor_shares(results: Results) -> list[str]:
         "The read floor is the time of a kernel that only reads the packed integers. Its share of "
         "our time:",
         "",
-        *_table(["layer", "floor, us", *_token_heads(tokens)], rows),
+        *markdown_table(["layer", "floor, us", *_token_heads(tokens)], rows),
     ]
 
 
@@ -156,7 +156,11 @@ def _layer(results: Results, layer: str) -> list[str]:
         for index, peer in enumerate(peers)
     ]
     n, k = results.layers()[layer]
-    return [f"{layer}, {n} x {k}, microseconds:", "", *_table(["", *_token_heads(tokens)], rows)]
+    return [
+        f"{layer}, {n} x {k}, microseconds:",
+        "",
+        *markdown_table(["", *_token_heads(tokens)], rows),
+    ]
 
 
 def _with_groups(results: Results, layer: str, peer: str) -> str:
@@ -196,7 +200,7 @@ def _token_heads(tokens: Sequence[int]) -> list[str]:
     return [f"{heads[0]} token{'' if tokens[0] == 1 else 's'}", *heads[1:]] if heads else []
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table, a line each."""
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines]

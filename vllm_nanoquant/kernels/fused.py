@@ -80,8 +80,9 @@ def arrange_kernel(
 def after_tensor_cores(words: tl.tensor) -> tl.tensor:
     """The words, once the tensor cores of Hopper have read all operands given to them so far.
 
-    They read the left operand from registers while the program runs on, and Triton lets the next
-    chunk overwrite it too early (triton-lang/triton#9433). What is made from these words cannot.
+    They read the left operand from registers while the program runs on, and Triton before 3.9 lets
+    the next chunk overwrite it too early (triton-lang/triton#9433). What is made from these words
+    cannot.
     """
     return tl.inline_asm_elementwise(
         "wgmma.wait_group.sync.aligned 0; "
@@ -205,7 +206,7 @@ def fused_kernel(
             if WGMMA:
                 words_0 = after_tensor_cores(words_0)
                 words_1 = after_tensor_cores(words_1)
-            # One half is multiplied while the other is unpacked.
+            # In halves, so that the second can be unpacked while the first is multiplied.
             weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
             y = tl.dot(weights, tl.trans(x_0), y)
             weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
