@@ -38,6 +38,7 @@ from vllm_nanoquant.quantize.groups import (
     WHOLE_ROW,
     QuantizedWeight,
     group_count,
+    pack_nibbles,
     validate_group,
 )
 
@@ -215,28 +216,41 @@ def _pack_scales(weight: QuantizedWeight) -> torch.Tensor:
     return pairs.contiguous()
 
 
-def to_quantized(weight: RuntimeWeight) -> QuantizedWeight:
-    """Undo `RuntimeWeight.from_quantized`, bit for bit."""
+def integers(weight: RuntimeWeight) -> torch.Tensor:
+    """The integers of a weight, without the padding: uint8 [K, N]."""
     blocks, chunks = weight.words.shape[:2]
-    words = weight.words.view(blocks, chunks, 4, 2, 8, 4, 2, 2)
-    q = torch.empty((*words.shape, 2, 2, 2), dtype=torch.uint8, device=words.device)
+    rows = blocks * BLOCK
+    # block, chunk, tile, half, row % 8, c, i / 2 % 2, row / 8 -> one word per row, rows last
+    words = weight.words.view(blocks, chunks, 4, 2, 8, 4, 2, 2).permute(1, 3, 5, 6, 0, 2, 7, 4)
+    words = words.reshape(chunks, 2, 4, 2, rows)
+    # chunk, half, plane / 2, c, plane % 2, i / 2 % 2, i % 2, row
+    q = torch.empty((chunks, 2, 2, 4, 2, 2, 2, rows), dtype=torch.uint8, device=words.device)
     for plane in range(4):
         for half_word in range(2):
-            nibble = (words >> (4 * plane + 16 * half_word)) & 15
-            q[..., plane // 2, plane % 2, half_word] = nibble.to(torch.uint8)
-    # block, chunk, tile, half, row % 8, c, i / 2 % 2, row / 8, plane / 2, plane % 2, i % 2
-    q = q.permute(1, 3, 8, 5, 9, 6, 10, 0, 2, 7, 4).reshape(chunks * CHUNK, blocks * BLOCK)
+            nibbles = (words >> (4 * plane + 16 * half_word)) & 15
+            q[:, :, plane // 2, :, plane % 2, :, half_word] = nibbles
+    q = q.view(chunks * CHUNK, rows)
     start = weight.group_offset
-    q = q[start : start + weight.in_features, : weight.out_features]
-    packed = q[0::2].clone()
-    packed[: weight.in_features // 2] |= q[1::2] << 4
-    pairs = weight.scales.permute(0, 4, 1, 3, 2).reshape(-1, blocks * BLOCK)
+    return q[start : start + weight.in_features, : weight.out_features]
+
+
+def group_parameters(weight: RuntimeWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point of each group and row, without the padding: bf16 [G, N] each."""
+    rows = weight.words.shape[0] * BLOCK
+    pairs = weight.scales.permute(0, 4, 1, 3, 2).reshape(-1, rows)
     groups = group_count(weight.in_features, weight.group_size, weight.group_offset)
     pairs = pairs[:groups, : weight.out_features]
+    scale = pairs.to(torch.int16).view(torch.bfloat16)
+    return scale, (pairs >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def to_quantized(weight: RuntimeWeight) -> QuantizedWeight:
+    """Undo `RuntimeWeight.from_quantized`, bit for bit."""
+    scale, zero_point = group_parameters(weight)
     return QuantizedWeight(
-        packed=packed,
-        scale=pairs.to(torch.int16).view(torch.bfloat16),
-        zero_point=(pairs >> 16).to(torch.int16).view(torch.bfloat16),
+        packed=pack_nibbles(integers(weight).t()),
+        scale=scale,
+        zero_point=zero_point,
         group_size=weight.group_size,
         in_features=weight.in_features,
         group_offset=weight.group_offset,

@@ -7,28 +7,51 @@ from dataclasses import replace
 
 import torch
 
-from vllm_nanoquant.kernels.layout import ARRIVALS_PER_BLOCK, BLOCK, RuntimeWeight, to_quantized
+from vllm_nanoquant.kernels.layout import (
+    ARRIVALS_PER_BLOCK,
+    BLOCK,
+    RuntimeWeight,
+    group_parameters,
+    integers,
+)
 from vllm_nanoquant.quantize.groups import WHOLE_ROW, QuantizedWeight, unpack_nibbles
 
 # Weights dequantized at a time: 64 MB in fp32.
 CHUNK_WEIGHTS = 1 << 24
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """W [N, K] = (q + zero_point) * scale, computed in fp32 (fp64 for that dtype) and then rounded.
+def group_of_columns(
+    in_features: int, group_size: int, group_offset: int, device: torch.device
+) -> torch.Tensor:
+    """Group of each column: int64 [K]; column k is in group (k + group_offset) // group_size."""
+    columns = torch.arange(in_features, device=device)
+    if group_size == WHOLE_ROW:
+        return torch.zeros_like(columns)
+    return (columns + group_offset) // group_size
 
-    Column k is in group (k + group_offset) // group_size.
-    """
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """W [N, K] = (q + zero_point) * scale, computed in fp32 (fp64 for that dtype), then rounded."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
+    group = group_of_columns(
+        weight.in_features, weight.group_size, weight.group_offset, weight.packed.device
+    )
     values = unpack_nibbles(weight.packed, weight.in_features).to(compute)
-    columns = torch.arange(weight.in_features, device=weight.packed.device)
-    if weight.group_size == WHOLE_ROW:
-        group = torch.zeros_like(columns)
-    else:
-        group = (columns + weight.group_offset) // weight.group_size
     values += weight.zero_point.to(compute).t()[:, group]
     values *= weight.scale.to(compute).t()[:, group]
     return values.to(dtype)
+
+
+def dequantize_transposed(weight: RuntimeWeight) -> torch.Tensor:
+    """The transposed weight in fp32 [K, N], as `dequantize` gives it."""
+    group = group_of_columns(
+        weight.in_features, weight.group_size, weight.group_offset, weight.words.device
+    )
+    scale, zero_point = group_parameters(weight)
+    values = integers(weight).float()
+    values += zero_point.float()[group]
+    values *= scale.float()[group]
+    return values
 
 
 def block_rows(weight: RuntimeWeight, first: int, count: int) -> RuntimeWeight:
@@ -61,7 +84,7 @@ def w4a16_reference(
     for first in range(0, blocks, step):
         part = block_rows(weight, first, min(step, blocks - first))
         rows = slice(first * BLOCK, first * BLOCK + part.out_features)
-        y[:, rows] = tokens @ dequantize(to_quantized(part)).t()
+        y[:, rows] = tokens @ dequantize_transposed(part)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], n)
