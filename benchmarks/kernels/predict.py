@@ -44,7 +44,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kernels.layers import GROUP_SIZE, LAYERS, MODEL, Layer
 from benchmarks.kernels.sections import format_us, markdown_table
-from benchmarks.kernels.table import update
+from benchmarks.kernels.table import add_markdown_files, tell_stale, update
+from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.layout import BLOCK, CHUNK, TILE, TILE_WORDS, padded
 from vllm_nanoquant.kernels.settings import DecodeSettings, Gpu, decode_rule
 
@@ -305,19 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--read", type=Path, metavar="JSON", help="predictions made before")
     parser.add_argument("--output", type=Path, metavar="JSON", help="where to write predictions")
-    mode = parser.add_mutually_exclusive_group()
-    for option, what in (
-        ("--check", "status 1 unless up to date"),
-        ("--write", "bring up to date"),
-    ):
-        mode.add_argument(
-            option, type=Path, nargs="+", default=[], metavar="FILE", help=f"Markdown files: {what}"
-        )
+    add_markdown_files(parser)
     options = parser.parse_args(arguments)
     try:
         result = json.loads(options.read.read_text("utf-8")) if options.read else predict_all()
         if options.output:
-            options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_whole(options.output, json.dumps(result, indent=1) + "\n")
         source = options.read or options.output
         text = section(result, source.name if source else "no file")
         files = [*options.check, *options.write]
@@ -326,10 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fresh = {path: update(path, text, bool(options.write), (BEGIN, END)) for path in files}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    stale = [path for path, is_fresh in fresh.items() if not is_fresh]
-    for path in stale:
-        print(f"{path}: {'written' if options.write else 'is not up to date'}")
-    return int(bool(options.check and stale))
+    return tell_stale(fresh, options)
 
 
 if __name__ == "__main__":

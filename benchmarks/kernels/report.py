@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.layers import Layer
+from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.timing import Times
 
 PACKAGES = ("torch", "triton", "vllm", "gemlite", "humming-kernels", "vllm-nanoquant")
@@ -122,12 +122,7 @@ class Report:
         """Write the JSON file whole or, if anything fails, not at all; None: nowhere."""
         if path is None:
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -62,15 +62,28 @@ def update(path: Path, section: str, write: bool, markers: tuple[str, str] = (BE
     return text == wanted
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("result", type=Path, help="JSON file of run.py")
+def add_markdown_files(parser: argparse.ArgumentParser) -> None:
+    """Add --check and --write, either of which takes Markdown files."""
     mode = parser.add_mutually_exclusive_group()
     for name, what in (("--check", "status 1 unless up to date"), ("--write", "bring up to date")):
         mode.add_argument(
             name, type=Path, nargs="+", default=[], metavar="FILE", help=f"Markdown files: {what}"
         )
+
+
+def tell_stale(fresh: dict[Path, bool], options: argparse.Namespace) -> int:
+    """Name the files that were not up to date; the exit status for `add_markdown_files`."""
+    stale = [path for path, is_fresh in fresh.items() if not is_fresh]
+    for path in stale:
+        print(f"{path}: {'written' if options.write else 'is not up to date'}")
+    return int(bool(options.check and stale))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path, help="JSON file of run.py")
+    add_markdown_files(parser)
     options = parser.parse_args(arguments)
     files = [*options.check, *options.write]
     try:
@@ -82,10 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
     except ValueError as error:
         parser.error(str(error))
-    stale = [path for path, is_fresh in fresh.items() if not is_fresh]
-    for path in stale:
-        print(f"{path}: {'written' if options.write else 'is not up to date'}")
-    return int(bool(options.check and stale))
+    return tell_stale(fresh, options)
 
 
 if __name__ == "__main__":

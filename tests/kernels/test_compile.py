@@ -60,8 +60,7 @@ Weight = Any
 def weight(layer: str, group_size: int) -> Weight:
     """What settings look at of a layer's weight."""
     n, k = LAYERS[layer].n, LAYERS[layer].k
-    words = SimpleNamespace(shape=(-(-n // 64), -(-k // 128)))
-    return SimpleNamespace(shape=(n, k), words=words, group_size=group_size)
+    return SimpleNamespace(shape=(n, k), chunks=-(-k // 128), group_size=group_size)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, architecture: int) -> torch.device:

@@ -38,9 +38,8 @@ from vllm_nanoquant.kernels.fragments import (
     scales_of_group,
     word_offsets,
 )
-from vllm_nanoquant.kernels.layout import RuntimeWeight, groups_per_chunk
+from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import DecodeSettings, decode_settings, launch_options
-from vllm_nanoquant.quantize.groups import WHOLE_ROW
 
 
 @triton.jit
@@ -249,7 +248,7 @@ def decode(
     """
     tokens = x.shape[0]
     n, k = weight.shape
-    chunks = weight.words.shape[1]
+    chunks = weight.chunks
     chosen = settings or decode_settings(weight, x.device)
     launch = chosen.launch(tokens)
     y = torch.empty((tokens, n), dtype=x.dtype, device=x.device)
@@ -269,9 +268,9 @@ def decode(
         n,
         k,
         chunks,
-        0 if weight.group_size == WHOLE_ROW else weight.scales.stride(0),
+        weight.scale_stride,
         GROUP_OFFSET=weight.group_offset,
-        PER_CHUNK=groups_per_chunk(weight.group_size),
+        PER_CHUNK=weight.groups_per_chunk,
         HAS_BIAS=bias is not None,
         M=8 if tokens <= 8 else 16,
         TILES=launch.tiles,

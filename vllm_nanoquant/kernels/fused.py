@@ -32,7 +32,7 @@ from vllm_nanoquant.kernels.fragments import (
     scale_offsets,
     word_offsets,
 )
-from vllm_nanoquant.kernels.layout import CHUNK, RuntimeWeight, groups_per_chunk
+from vllm_nanoquant.kernels.layout import CHUNK, RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
     FusedSettings,
     fused_settings,
@@ -40,7 +40,6 @@ from vllm_nanoquant.kernels.settings import (
     launch_options,
 )
 from vllm_nanoquant.kernels.weights import half_weights
-from vllm_nanoquant.quantize.groups import WHOLE_ROW
 
 # Rows of x that one program arranges.
 ARRANGE_ROWS = 16
@@ -246,7 +245,7 @@ def fused(
     """
     tokens, k = x.shape
     n = weight.out_features
-    chunks = weight.words.shape[1]
+    chunks = weight.chunks
     device = x.device
     chosen = settings or fused_settings(weight, tokens, device)
     padded_tokens = triton.cdiv(tokens, chosen.tokens) * chosen.tokens
@@ -279,8 +278,8 @@ def fused(
         n,
         chunks,
         padded_tokens,
-        0 if weight.group_size == WHOLE_ROW else weight.scales.stride(0),
-        PER_CHUNK=groups_per_chunk(weight.group_size),
+        weight.scale_stride,
+        PER_CHUNK=weight.groups_per_chunk,
         HAS_BIAS=bias is not None,
         ROWS=chosen.rows,
         TOKENS=chosen.tokens,

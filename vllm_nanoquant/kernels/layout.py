@@ -156,6 +156,21 @@ class RuntimeWeight:
         return (self.out_features, self.in_features)
 
     @property
+    def chunks(self) -> int:
+        """Chunks of 128 columns, the padding counted."""
+        return self.words.shape[1]
+
+    @property
+    def groups_per_chunk(self) -> int:
+        """Groups that begin in a chunk: 4, 2 or 1."""
+        return groups_per_chunk(self.group_size)
+
+    @property
+    def scale_stride(self) -> int:
+        """Words of `scales` from one chunk to the next; 0 where all chunks share a row's group."""
+        return 0 if self.group_size == WHOLE_ROW else self.scales.stride(0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors together."""
         return self.words.nbytes + self.scales.nbytes + self.arrivals.nbytes

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 
 from vllm_nanoquant.kernels.fragments import load_scales, scale_offsets, word_offsets
-from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight, groups_per_chunk
+from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight
 from vllm_nanoquant.kernels.weights import half_weights
-from vllm_nanoquant.quantize.groups import WHOLE_ROW
 
 # One Mamba in_proj of Nemotron-Nano-9B-v2 (22656 x 4480) fits whole; the LM head goes in parts.
 SCRATCH_BYTES = 256 << 20
@@ -68,7 +67,7 @@ def dequantize_rows(weight: RuntimeWeight, out: torch.Tensor, first: int) -> Non
     `first` is a multiple of 64, `out` is contiguous, and first + rows <= N.
     """
     rows, k = out.shape
-    chunks = weight.words.shape[1]
+    chunks = weight.chunks
     dequantize_kernel[(chunks, triton.cdiv(rows, 16 * TILES))](
         weight.words,
         weight.scales,
@@ -77,9 +76,9 @@ def dequantize_rows(weight: RuntimeWeight, out: torch.Tensor, first: int) -> Non
         rows,
         k,
         chunks,
-        0 if weight.group_size == WHOLE_ROW else weight.scales.stride(0),
+        weight.scale_stride,
         weight.group_offset,
-        PER_CHUNK=groups_per_chunk(weight.group_size),
+        PER_CHUNK=weight.groups_per_chunk,
         T=TILES,
         num_warps=NUM_WARPS,
     )

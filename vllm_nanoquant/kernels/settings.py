@@ -149,7 +149,7 @@ def _decode_settings(gpu: Gpu, n: int, k: int, chunks: int) -> DecodeSettings:
 
 def decode_settings(weight: RuntimeWeight, device: torch.device) -> DecodeSettings:
     """Settings of `decode` for a weight: from the table, else by the rule."""
-    chosen = _decode_settings(gpu_of(device), *weight.shape, weight.words.shape[1])
+    chosen = _decode_settings(gpu_of(device), *weight.shape, weight.chunks)
     if weight.group_size == 32 and chosen.up_to_16.tiles > 2:
         # Four groups per chunk and 16 tokens: more tiles would not fit into the registers.
         chosen = replace(chosen, up_to_16=replace(chosen.up_to_16, tiles=2))

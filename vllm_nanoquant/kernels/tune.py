@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
     DecodeLaunch,
@@ -203,13 +204,6 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
             raise ValueError(f"{part!r} is not a shape; write N x K as in 22656x4480")
         shapes.append((int(sides[0]), int(sides[1])))
     return shapes
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def main() -> None:
