@@ -213,6 +213,7 @@ def compile_fused(settings: FusedSettings, variant: Variant) -> MachineCode:
             "PREFETCH": settings.prefetch,
             "WIDE": fused.FOUR_WIDE.value and not hopper,
             "WGMMA": hopper,
+            "HALVES": settings.halves,
         },
         {"num_warps": settings.warps, "num_stages": settings.stages},
     )

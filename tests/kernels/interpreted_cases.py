@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -118,19 +119,25 @@ def no_inline_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def bf16_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bf16 as bit patterns, but casts to it by value, and multiplies them."""
-    create_dot: Callable[..., TensorHandle] = InterpreterBuilder.create_dot
+def exact_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as a tensor core adds them: exactly, whatever the shape, then rounded to fp32.
+
+    The interpreter keeps bf16 as bit patterns, but casts to it by value, and multiplies them. And
+    NumPy's products in fp32 depend, in the last bits, on the shape, on some CPUs and not on others.
+    """
     create_bitcast: Callable[..., TensorHandle] = InterpreterBuilder.create_bitcast
 
-    def widened(handle: TensorHandle) -> TensorHandle:
+    def wide(handle: TensorHandle) -> np.ndarray:
         if handle.dtype.scalar != tl.bfloat16:
-            return handle
+            return handle.data.astype(np.float64)
         bits = handle.data.view("uint16").astype("uint32") << 16
-        return TensorHandle(bits.view("float32"), tl.float32)
+        return bits.view("float32").astype(np.float64)
 
-    def dot(self: object, a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
-        return create_dot(self, widened(a), widened(b), *rest)
+    def dot(
+        self: object, a: TensorHandle, b: TensorHandle, d: TensorHandle, *rest: object
+    ) -> TensorHandle:
+        product = np.matmul(wide(a), wide(b)).astype(np.float32)
+        return TensorHandle(product + d.data, d.dtype.scalar)
 
     def bitcast(self: object, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
         if dtype.scalar == tl.bfloat16:
@@ -243,7 +250,8 @@ class Cut(FusedSettings):
 
 
 def fused_settings(rows: int, tokens: int, programs: int) -> FusedSettings:
-    settings = Cut(1024, rows, tokens, warps=4, stages=1, per_multiprocessor=1)
+    halves = programs != 2
+    settings = Cut(1024, rows, tokens, warps=4, stages=1, per_multiprocessor=1, halves=halves)
     object.__setattr__(settings, "count", programs)
     return settings
 

@@ -109,10 +109,12 @@ def test_tensor_cores_never_read_the_next_weights(tokens: int) -> None:
 
 def every_fused_setting(tokens: int) -> list[FusedSettings]:
     rows_warps = [(64, 4), (128, 4), (128, 8)] if has_wgmma(torch.device("cuda", 0)) else [(128, 4)]
+    width = 64 if tokens > 32 else 32
     return [
-        FusedSettings(1024, rows, 64 if tokens > 32 else 32, warps, 3, programs)
+        FusedSettings(1024, rows, width, warps, 3, programs, halves=halves)
         for rows, warps in rows_warps
         for programs in (1, 2, 3)
+        for halves in (False, True)
     ]
 
 

@@ -43,7 +43,9 @@ def test_the_rule_covers_every_chunk_and_leaves_no_part_empty(
     n=st.integers(1, 140_000),
     tokens=st.integers(1, FUSED_LIMIT),
     chunks=st.integers(1, 300),
-    chosen=st.sampled_from(settings._HOPPER_FUSED + settings._AMPERE_FUSED),
+    chosen=st.sampled_from(
+        settings._HOPPER_FUSED + settings._SMALL_HOPPER_FUSED + settings._AMPERE_FUSED
+    ),
 )
 def test_fused_programs_and_counters(
     n: int, tokens: int, chunks: int, chosen: FusedSettings
@@ -60,6 +62,7 @@ def test_the_rule_on_the_measured_shapes() -> None:
     assert decode_rule(H200, 22656, 35) == DecodeSettings(4, 1, tall, short)
     assert decode_rule(H200, 4480, 80) == DecodeSettings(2, 7, short, tall)
     assert decode_rule(H200, 15680, 35).up_to_8 == short
+    assert decode_rule(H200, 131072, 35) == DecodeSettings(1, 1, short, tall)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)

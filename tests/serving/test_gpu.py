@@ -9,7 +9,7 @@ from .engines import heldout_windows, job, perplexity, run_engines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
-OUR_KERNELS = {"decode_kernel", "reduce_kernel", "dequantize_kernel"}
+OUR_KERNELS = {"decode_kernel", "arrange_kernel", "fused_kernel", "dequantize_kernel"}
 
 
 @pytest.fixture(scope="module")

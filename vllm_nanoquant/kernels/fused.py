@@ -114,6 +114,26 @@ def left_operand(
 
 
 @triton.jit
+def whole_left_operand(
+    words_0: tl.tensor,
+    words_1: tl.tensor,
+    scales: tl.tensor,
+    T: tl.constexpr,
+    PER_CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """Weights [16 * T, 128] of a chunk, columns in the order of `arrange_kernel`."""
+    first = half_weights(words_0, scales, 0, T, PER_CHUNK, dtype)
+    second = half_weights(words_1, scales, 1, T, PER_CHUNK, dtype)
+    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2, half
+    weights = tl.reshape(tl.join(first, second), (T, 8, 4, 2, 2, 2, 2, 2, 2))
+    wide = tl.permute(weights, (0, 4, 1, 8, 7, 6, 2, 3, 5))
+    narrow = tl.permute(weights, (0, 4, 1, 8, 7, 6, 3, 2, 5))
+    return tl.reshape(wide if WIDE else narrow, (T * 16, 128))
+
+
+@triton.jit
 def store_tile(
     y: tl.tensor,
     y_ptr: tl.tensor,
@@ -155,6 +175,7 @@ def fused_kernel(
     PREFETCH: tl.constexpr,
     WIDE: tl.constexpr,
     WGMMA: tl.constexpr,
+    HALVES: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Write y [tokens, N] = x @ W.T + bias; x as `arrange_kernel` leaves it.
@@ -163,6 +184,7 @@ def fused_kernel(
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     T: tl.constexpr = ROWS // 16
+    COLUMNS: tl.constexpr = 64 if HALVES else 128
     # 64 bits: units times programs is beyond 32.
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -185,7 +207,7 @@ def fused_kernel(
         words_at = words_ptr + word_offsets(tile, chunks)
         scales_at = scales_ptr + scale_offsets(tile, PER_CHUNK)
         x_at = arranged_ptr + first_token * 128
-        x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, 64)[None, :]
+        x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, COLUMNS)[None, :]
         y = tl.zeros((ROWS, TOKENS), tl.float32)
         if PREFETCH:
             next_0, next_1, next_s = load_chunk(words_at, scales_at, start, tile >= 0, scale_stride)
@@ -201,15 +223,21 @@ def fused_kernel(
                 words_1 = tl.load(words_at + chunk * 1024 + 128)
                 scales = load_scales(scales_at + chunk * scale_stride, tile >= 0)
             x_0 = tl.load(x_at + chunk * padded_tokens * 128)
-            x_1 = tl.load(x_at + chunk * padded_tokens * 128 + 64)
+            if HALVES:
+                x_1 = tl.load(x_at + chunk * padded_tokens * 128 + 64)
             if WGMMA:
                 words_0 = after_tensor_cores(words_0)
                 words_1 = after_tensor_cores(words_1)
-            # In halves, so that the second can be unpacked while the first is multiplied.
-            weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
-            y = tl.dot(weights, tl.trans(x_0), y)
-            weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
-            y = tl.dot(weights, tl.trans(x_1), y)
+            if HALVES:
+                # The second can be unpacked while the first is multiplied.
+                weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
+                y = tl.dot(weights, tl.trans(x_0), y)
+                weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
+                y = tl.dot(weights, tl.trans(x_1), y)
+            else:
+                # Few tokens: one product takes less time than unpacking half a chunk.
+                weights = whole_left_operand(words_0, words_1, scales, T, PER_CHUNK, WIDE, dtype)
+                y = tl.dot(weights, tl.trans(x_0), y)
         row = row_block * ROWS + tl.arange(0, ROWS)
         token = first_token + tl.arange(0, TOKENS)
         if (start == 0) & (end == chunks):
@@ -286,6 +314,7 @@ def fused(
         PREFETCH=chosen.prefetch,
         WIDE=four_wide,
         WGMMA=has_wgmma(device),
+        HALVES=chosen.halves,
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
     )
     return y

@@ -67,6 +67,8 @@ class FusedSettings:
     """Programs that run at once on a multiprocessor."""
     prefetch: bool = False
     """Words come straight into registers, not through shared memory."""
+    halves: bool = True
+    """Two products per chunk, not one: half is unpacked while the other half is multiplied."""
 
     def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
         """Number of equal runs that the work is cut into.
@@ -166,10 +168,12 @@ def decode_rule(gpu: Gpu, n: int, chunks: int) -> DecodeSettings:
     tiles = -(-n // 32)
     short = DecodeLaunch(tiles=2, warps_n=1, prefetch=2)
     tall = DecodeLaunch(tiles=4, warps_n=1, prefetch=1)
+    if 2 * tiles > wanted:
+        # So many rows that nothing need be shared along K: nothing to add up.
+        return DecodeSettings(1, 1, short, tall)
     if 4 * tiles > wanted:
         # Many rows: fewer, taller programs, so that x is read less often.
-        warps_k = 4 if 2 * tiles <= wanted else 2
-        return DecodeSettings(min(warps_k, _power_of_two(chunks)), 1, tall, short)
+        return DecodeSettings(min(4, _power_of_two(chunks)), 1, tall, short)
     if 5 * tiles > wanted:
         return DecodeSettings(min(4, _power_of_two(chunks)), 1, short, tall)
     warps_k = min(2, _power_of_two(chunks))
@@ -185,13 +189,18 @@ def _power_of_two(most: int) -> int:
 
 
 _HOPPER_FUSED = (
-    FusedSettings(32, rows=64, tokens=32, warps=4, stages=4, per_multiprocessor=3),
+    FusedSettings(32, rows=128, tokens=32, warps=4, stages=3, per_multiprocessor=2, halves=False),
     FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3),
     FusedSettings(256, rows=128, tokens=128, warps=8, stages=3, per_multiprocessor=1),
     FusedSettings(1024, 128, 256, warps=8, stages=3, per_multiprocessor=1, prefetch=True),
 )
-# A weight with fewer elements is better dequantized from 257 tokens on: too few tiles.
+# A weight with fewer elements has too few tiles for 128 rows each, and from 257 tokens on it is
+# better dequantized.
 _SMALL_ON_HOPPER = 30_000_000
+_SMALL_HOPPER_FUSED = (
+    FusedSettings(32, rows=64, tokens=32, warps=4, stages=4, per_multiprocessor=3),
+    *_HOPPER_FUSED[1:-1],
+)
 # One warp's tile of a matrix instruction without asynchrony; shared memory of SM86 holds two.
 _AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_multiprocessor=2),)
 
@@ -203,7 +212,7 @@ def _fused_table(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
         return tuple(FusedSettings(**each) for each in entries)
     if gpu.capability[0] != 9:
         return _AMPERE_FUSED
-    return _HOPPER_FUSED[:-1] if n * k < _SMALL_ON_HOPPER else _HOPPER_FUSED
+    return _SMALL_HOPPER_FUSED if n * k < _SMALL_ON_HOPPER else _HOPPER_FUSED
 
 
 def fused_limit(weight: RuntimeWeight, device: torch.device) -> int:

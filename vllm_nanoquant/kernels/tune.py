@@ -45,10 +45,10 @@ REPLAYS = 9
 BUCKETS = (32, 64, 128, 256, 512, 768, 1024)
 SHORT = tuple(DecodeLaunch(*each) for each in ((2, 1, 2), (2, 1, 1), (4, 1, 1), (4, 2, 1)))
 LONG = tuple(DecodeLaunch(*each) for each in ((2, 1, 1), (4, 1, 1), (2, 1, 2), (2, 2, 1)))
-# Rows, tokens, warps, stages, programs per multiprocessor, prefetch.
+# Rows, tokens, warps, stages, programs per multiprocessor, prefetch, halves.
 HOPPER = (
     (64, 32, 4, 4, 3),
-    (128, 32, 4, 3, 2),
+    (128, 32, 4, 3, 2, False, False),
     (64, 64, 4, 3, 3),
     (128, 64, 4, 3, 2),
     (64, 128, 4, 3, 2),
@@ -68,7 +68,7 @@ Measured = tuple[float, Any]
 def decode_candidates(gpu: Gpu, n: int, chunks: int) -> Iterator[tuple[int, int]]:
     """Ways (warps_k, split) to cut K that put 6 to 20 warps of two tiles on a multiprocessor."""
     tiles = math.ceil(n / 32)
-    for warps_k, split in product((2, 4), range(1, 17)):
+    for warps_k, split in product((1, 2, 4), range(1, 17)):
         warps = tiles * warps_k * split / gpu.multiprocessors
         few_rows = split == 1 and warps > 20
         if warps_k * split <= chunks and (6 <= warps <= 20 or few_rows):
