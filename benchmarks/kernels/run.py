@@ -6,7 +6,8 @@
 Method: for each contestant and layer, enough copies of the weight that one round over them reads
 at least 256 MiB (no cache holds that); a CUDA graph that makes one call per copy; the median of
 its timed replays divided by the number of copies, and the least and the greatest beside it. For
-each number of tokens the contestants follow one another in one process. Beside each time stands
+each number of tokens the contestants follow one another in one process, in several turns where
+calls are long, because the GPU's clock drifts with its heat. Beside each time stands
 the error against the fp64 product of the contestant's own dequantized weights, mean
 |y - expected| / mean |expected|, taken in memory that was full of NaN before. Memory is freed
 between layers, and the result file is written after each.
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
 from benchmarks.kernels.layers import MODEL  # noqa: E402
-from benchmarks.kernels.measure import SEED, Bench  # noqa: E402
+from benchmarks.kernels.measure import SEED, TURNS_OF_LONG_CALLS, Bench  # noqa: E402
 from benchmarks.kernels.options import Options, parse_options  # noqa: E402
 from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
 from benchmarks.kernels.peers.base import Peer  # noqa: E402
@@ -81,6 +82,7 @@ def describe_problem(options: Options) -> dict[str, object]:
         "rotated_bytes": ROTATED_BYTES,
         "replays": options.replays,
         "replays_of_long_calls": min(options.replays, LONG_CALL_REPLAYS),
+        "turns_of_long_calls": TURNS_OF_LONG_CALLS,
         "long_call_us": LONG_CALL_US,
         "seed": SEED,
         "error": "mean |y - expected| / mean |expected|, expected in fp64 of what was packed",

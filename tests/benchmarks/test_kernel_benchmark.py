@@ -144,6 +144,17 @@ def test_what_is_not_measured_is_said():
     assert all(each["reason"].startswith("not measured: ") for each in report.not_measured)
 
 
+def test_contestants_take_turns_where_calls_are_long():
+    other = dataclasses.replace(load("bf16"), name="other")
+    drifting = [timing.Times(us, us - 1, us + 1) for us in (300.0, 9.0, 500.0, 400.0)]
+
+    report = measure([load("bf16"), other], timer=lambda *_: drifting.pop(0), tokens=(4,))
+
+    first, second = report.results
+    assert (first.us, first.us_least, first.us_greatest) == (400.0, 299.0, 501.0)
+    assert (second.us, second.us_least, second.us_greatest) == (9.0, 8.0, 10.0)
+
+
 def test_the_file_is_written_after_each_layer(tmp_path):
     output = tmp_path / "result.json"
 
