@@ -22,7 +22,7 @@ METHOD = "nanoquant_w4a16"
 
 GroupSize = Literal[32, 64, 128, -1]
 Preset = Literal["ssm", "balanced", "quality", "full"]
-Algorithm = Literal["minmax"]
+Algorithm = Literal["minmax", "mse", "gptq"]
 
 _PRESET_ROLES: dict[str, frozenset[Role]] = {
     "ssm": frozenset({Role.MAMBA}),

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import weakref
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.quantize import slow_reference
+from tests.quantize.memory import LargestAllocation
 from vllm_nanoquant.kernels.reference import dequantize
 from vllm_nanoquant.quantize import minmax
 from vllm_nanoquant.quantize.groups import QuantizedWeight, unpack_nibbles
@@ -160,27 +159,6 @@ def test_a_range_beyond_fp32_is_refused() -> None:
 def test_arguments_that_make_no_sense(weight: torch.Tensor, group_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize_minmax(weight, group_size)
-
-
-class LargestAllocation(TorchDispatchMode):
-    """Most bytes alive at once in storages that were made while the mode was on."""
-
-    def __init__(self, given: torch.Tensor) -> None:
-        super().__init__()
-        self.given = given.untyped_storage()._cdata
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            storage = result.untyped_storage()
-            key = storage._cdata
-            if key != self.given and key not in self.alive:
-                self.alive[key] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, key, None)
-                self.peak = max(self.peak, sum(self.alive.values()))
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -6,12 +6,12 @@ from __future__ import annotations
 import torch
 
 from vllm_nanoquant.quantize.groups import (
-    GROUP_SIZES,
     WHOLE_ROW,
     QuantizedWeight,
     group_count,
     pack_nibbles,
 )
+from vllm_nanoquant.quantize.ranges import require_finite, scale_and_zero_point, validate_weight
 
 # Weights quantized at a time. Temporaries take about 6.5 bytes per weight: 27 MB.
 CHUNK_WEIGHTS = 1 << 22
@@ -34,12 +34,7 @@ def quantize_minmax(
     for once. Raises ValueError for another dtype, an empty weight, an unknown group size, or
     weights that are not finite (how many, and the first row).
     """
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"expected a non-empty weight [N, K], got shape {list(weight.shape)}")
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"expected a weight in bf16, fp16 or fp32, got {weight.dtype}")
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size is {group_size}; it must be one of {GROUP_SIZES}")
+    validate_weight(weight, group_size)
     rows, columns = weight.shape
     device = device or weight.device
     groups = group_count(columns, group_size)
@@ -59,9 +54,7 @@ def quantize_minmax(
         zero_point[:, part] = part_zero.t()
         packed[:, part] = pack_nibbles(values[:, :columns].to(torch.uint8))
         values[:, columns:] = 0.0
-    # A NaN or an infinity anywhere in a group makes its scale NaN or infinite.
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError(_describe_non_finite(weight, scale))
+    require_finite(weight, scale)
     return QuantizedWeight(packed, scale, zero_point, group_size, columns)
 
 
@@ -69,25 +62,7 @@ def _quantize_chunk(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace fp32 values [rows, G, g] by their integers; return scale and zero point [rows, G]."""
     low = values.amin(dim=-1).clamp_(max=0.0)
     high = values.amax(dim=-1).clamp_(min=0.0)
-    # Divide by a tensor: CUDA turns a division by a Python number into a multiplication by its
-    # reciprocal, which rounds differently from the CPU.
-    steps = torch.full((), 15.0, dtype=torch.float32, device=values.device)
-    scale = ((high - low) / steps).to(torch.bfloat16)
-    empty = scale == 0
-    scale.masked_fill_(empty, 1.0)
-    # + 0.0 turns -0.0 into 0.0: which of the two a minimum over both returns is not defined.
-    zero_point = (low / scale.float()).masked_fill_(empty, 0.0).to(torch.bfloat16).add_(0.0)
+    scale, zero_point = scale_and_zero_point(low, high)
     values.div_(scale.float().unsqueeze(-1))
     values.sub_(zero_point.float().unsqueeze(-1)).round_().clamp_(0.0, 15.0)
     return scale, zero_point
-
-
-def _describe_non_finite(weight: torch.Tensor, scale: torch.Tensor) -> str:
-    """What is wrong with a weight [N, K] that gave a scale [G, N] that is not finite."""
-    chunk = max(1, CHUNK_WEIGHTS // weight.shape[1])
-    bad = torch.cat([(~torch.isfinite(part)).sum(dim=1) for part in weight.split(chunk)])
-    if not bool(bad.any()):
-        row = int((~torch.isfinite(scale)).any(dim=0).nonzero()[0])
-        return f"the range of a group in row {row} (max - min) is beyond fp32"
-    row = int(bad.nonzero()[0])
-    return f"{int(bad.sum())} weights are not finite (NaN or infinite); the first is in row {row}"
