@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPTQ's way to the disk; GPTQ itself is tested where it lives."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.checkpoint.small import content, weights, write_stock
+from vllm_nanoquant.calibration import stream, text
+from vllm_nanoquant.checkpoint.calibrate import Calibration
+from vllm_nanoquant.checkpoint.errors import UsageError
+from vllm_nanoquant.checkpoint.quantize import Request, prepare
+from vllm_nanoquant.checkpoint.verify import verify
+from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.recipe import Recipe
+
+REACHED = ["1.mixer.up_proj", "0.mixer.in_proj", "1.mixer.down_proj"]
+
+
+@pytest.fixture
+def calibrated(monkeypatch):
+    """Stands in for calibration, in another order than the files'; notes what was asked for."""
+    calls = []
+
+    def quantize_with_text(folder, source, sequences, recipe, settings, finished):
+        for name in REACHED:
+            module = f"backbone.layers.{name}"
+            if finished(module) is None:
+                calls.append(module)
+                if len(calls) == 3 and calls[0] == "stop":
+                    raise KeyboardInterrupt
+                weight = source(f"{module}.weight")
+                yield module, quantize_minmax(weight, recipe.scheme(module, None).group_size)
+
+    monkeypatch.setattr(stream, "quantize_with_text", quantize_with_text)
+    monkeypatch.setattr(text, "load_tokenizer", lambda folder: None)
+    monkeypatch.setattr(text, "load_sequences", lambda *_: [])
+    return calls
+
+
+def job_of(tmp_path, target):
+    source = tmp_path / "source"
+    if not source.exists():
+        write_stock(source, weights(wide=32))
+        (tmp_path / "text.txt").write_text("It was a dark and stormy night.")
+    calibration = Calibration(tmp_path / "text.txt", 4, 8)
+    recipe = Recipe(algorithm="gptq", group_size=32)
+    return prepare(Request("source", source, target, recipe, 6000, "cpu", calibration))
+
+
+def test_what_calibration_made_is_what_is_written(tmp_path, calibrated):
+    report = job_of(tmp_path, tmp_path / "target").run()
+    assert len(calibrated) == 3
+    found = {}
+    for path in (tmp_path / "target").glob("*.safetensors"):
+        found |= load_file(path)
+    for name in REACHED:
+        module = f"backbone.layers.{name}"
+        expected = quantize_minmax(weights(wide=32)[f"{module}.weight"], 32)
+        assert torch.equal(found[f"{module}.weight_packed"], expected.packed)
+        assert torch.equal(found[f"{module}.weight_zero_point"], expected.zero_point)
+        assert report["tensors"][f"{module}.weight"]["algorithm"] == "gptq"
+    # Calibration did not reach this one.
+    missed = report["tensors"]["backbone.layers.0.mixer.out_proj.weight"]
+    assert missed["algorithm"] == "mse"
+    assert verify(tmp_path / "target", tmp_path / "source").problems == []
+    assert not [name for name in content(tmp_path / "target") if name.startswith(".")]
+
+
+def test_calibration_is_taken_up_where_it_stopped(tmp_path, calibrated):
+    job_of(tmp_path, tmp_path / "whole").run()
+    calibrated[:] = ["stop"]
+    job = job_of(tmp_path, tmp_path / "target")
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    assert not (tmp_path / "target/config.json").exists()
+    calibrated[:] = []
+    job.run()
+    assert calibrated == [f"backbone.layers.{name}" for name in REACHED[1:]]
+    assert content(tmp_path / "target") == content(tmp_path / "whole")
+
+
+def test_another_text_is_another_result(tmp_path, calibrated):
+    calibrated[:] = ["stop"]
+    with pytest.raises(KeyboardInterrupt):
+        job_of(tmp_path, tmp_path / "target").run()
+    (tmp_path / "text.txt").write_text("Call me Ishmael.")
+    with pytest.raises(UsageError, match="begun with another calibration text;"):
+        job_of(tmp_path, tmp_path / "target").run()
+
+
+def test_a_calibration_that_fails_is_the_users_to_mend(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise text.CalibrationError("there is no tokenizer")
+
+    monkeypatch.setattr(text, "load_tokenizer", refuse)
+    with pytest.raises(UsageError, match="calibration: there is no tokenizer"):
+        job_of(tmp_path, tmp_path / "target").run()
+
+
+def test_the_report_of_a_calibrated_checkpoint_names_the_text(tmp_path, calibrated):
+    job_of(tmp_path, tmp_path / "target").run()
+    report = json.loads((tmp_path / "target/nanoquant_report.json").read_text())
+    assert report["begun_with"]["calibration text"].endswith(" 4 8")

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What will be written, tensor by tensor, known from headers alone before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_nanoquant.checkpoint import naming
+from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
+from vllm_nanoquant.checkpoint.header import TensorEntry
+from vllm_nanoquant.checkpoint.reader import Checkpoint
+from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
+from vllm_nanoquant.checkpoint.writer import OutputTensor, PlannedShard, cut_into_shards
+from vllm_nanoquant.recipe import METHOD, Recipe, Scheme
+from vllm_nanoquant.roles import LayerKind, Role, role_of
+
+QUANTIZABLE = ("BF16", "F16", "F32")
+
+# Projections that vLLM multiplies as one: they need one treatment.
+_SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the source, and what becomes of it.
+
+    Attributes:
+        source: the tensor.
+        scheme: how it is quantized; None when it is copied.
+        outputs: what is written for it, in this order.
+    """
+
+    source: TensorEntry
+    scheme: Scheme | None
+    outputs: tuple[OutputTensor, ...]
+
+    @property
+    def key(self) -> str:
+        """Name of it in the journal."""
+        return self.source.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole result.
+
+    Attributes:
+        recipe: what was asked for.
+        kinds: kind of each layer, as far as config.json tells.
+        shards: the files, in the order in which they are written.
+    """
+
+    recipe: Recipe
+    kinds: tuple[LayerKind, ...] | None
+    shards: tuple[PlannedShard[Step], ...]
+
+    @property
+    def steps(self) -> list[Step]:
+        """Every step, in order."""
+        return [step for shard in self.shards for step in shard.items]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the result."""
+        return sum(shard.nbytes for shard in self.shards)
+
+
+def make_plan(source: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
+    """Plan the quantized form of a stock checkpoint. The same arguments give the same plan.
+
+    Tensors keep the source's order, so that its files are read from front to back. A shard holds
+    what fits into `max_shard_bytes`, and at least one tensor.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or the preset does not suit the model.
+        UsageError: the recipe quantizes nothing, or splits modules that are served as one.
+        CheckpointError: a weight that is to be quantized has a dtype that cannot be.
+    """
+    kinds = kinds_of(source.config)
+    schemes = schemes_of(source, recipe, kinds)
+    steps = [_plan_step(source, entry, schemes) for entry in source.tensors.values()]
+    if not any(step.scheme for step in steps):
+        raise UsageError(f"nothing to quantize: {recipe.in_words} covers no module of the source")
+    return Plan(recipe, kinds, cut_into_shards(steps, max_shard_bytes))
+
+
+def schemes_of(
+    source: Checkpoint, recipe: Recipe, kinds: Sequence[LayerKind] | None
+) -> dict[str, Scheme]:
+    """Scheme of each module of a stock checkpoint that becomes int4.
+
+    Only weights with two dimensions do. Routed experts and an LM head that shares the embedding's
+    weights stay as they are, as they do when a stock checkpoint is quantized while it loads.
+
+    Raises:
+        RecipeError, UsageError: as `make_plan`.
+    """
+    modules = naming.modules_with_weights(source.tensors)
+    recipe.check_against(modules)
+    tied = ties_embeddings(source.config)
+    schemes = {}
+    for module in modules:
+        entry = source.tensors.get(module + naming.WEIGHT)
+        kept = naming.is_routed_expert(module) or (tied and role_of(module) is Role.LM_HEAD)
+        if entry is None or len(entry.shape) != 2 or entry.numel == 0 or kept:
+            continue
+        if scheme := recipe.scheme(module, kinds):
+            schemes[module] = scheme
+    _refuse_split_products(modules, schemes)
+    return schemes
+
+
+def _refuse_split_products(modules: Sequence[str], schemes: dict[str, Scheme]) -> None:
+    present = set(modules)
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        for leaves in _SERVED_TOGETHER:
+            if leaf != leaves[0]:
+                continue
+            parts = [f"{parent}.{part}".lstrip(".") for part in leaves]
+            parts = [part for part in parts if part in present]
+            if len({schemes.get(part) for part in parts}) > 1:
+                raise UsageError(
+                    f"{METHOD}: {', '.join(map(printable, parts))} are served as one product and "
+                    "need the same treatment; name all of them, or none, in ignore and overrides"
+                )
+
+
+def _plan_step(source: Checkpoint, entry: TensorEntry, schemes: dict[str, Scheme]) -> Step:
+    module = entry.name.removesuffix(naming.WEIGHT)
+    scheme = schemes.get(module) if entry.name.endswith(naming.WEIGHT) else None
+    if scheme is None:
+        return Step(entry, None, (OutputTensor(entry.name, entry.dtype, entry.shape),))
+    if entry.dtype not in QUANTIZABLE:
+        raise CheckpointError(
+            f"{at(source.file_of(entry.name), entry.name)}: {entry.dtype} weights cannot be "
+            f"quantized, only {', '.join(QUANTIZABLE)}; name the module in ignore to keep it"
+        )
+    rows, columns = entry.shape
+    layout = naming.quantized_layout(rows, columns, scheme.group_size)
+    outputs = tuple(OutputTensor(module + suffix, *form) for suffix, form in layout.items())
+    return Step(entry, scheme, outputs)

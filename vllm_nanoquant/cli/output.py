@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: exit statuses, options, tables and progress."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+OK = 0
+PROBLEM = 1
+"""A checkpoint is damaged, or work on it failed."""
+USAGE = 2
+"""What was asked for makes no sense; argparse uses the same."""
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``: one JSON object on standard output, and nothing else there."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a result for programs."""
+    print(json.dumps(value, indent=1))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table for people; the first two columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:,.2f} MB"
+
+
+def size_option(text: str) -> int:
+    """Bytes of ``4.5GB``, ``500MB`` or a plain number, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else, or less than a megabyte.
+    """
+    number = text.strip().upper().rstrip("BKMGT")
+    unit = text.strip().upper()[len(number) :]
+    try:
+        size = int(float(number) * _UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 4.5GB or 500MB") from None
+    if size < 10**6:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 1MB")
+    return size
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Any]:
+    """Show a bar in bytes on standard error; gives a function to call with bytes done."""
+    # Not at the top: importing the command line is quick.
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nanoquant quantize SRC DST``."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_nanoquant.cli.output import (
+    OK,
+    add_json_option,
+    megabytes,
+    print_json,
+    print_table,
+    progress,
+    size_option,
+)
+
+if TYPE_CHECKING:
+    from vllm_nanoquant.checkpoint.quantize import Job
+
+_DESCRIPTION = """\
+Quantize a stock checkpoint (safetensors, BF16, FP16 or FP32) to int4, tensor by tensor, into a
+folder that `vllm serve` runs without any flag. Interrupted, it goes on where it stopped when the
+same command is run again.
+"""
+
+_EXAMPLES = """\
+examples:
+  nanoquant quantize ./nano-9b ./nano-9b-int4
+  nanoquant quantize nvidia/NVIDIA-Nemotron-Nano-9B-v2 nano-9b-int4 --preset quality
+  nanoquant quantize SRC DST --group-size 64 --ignore 'lm_head' --ignore '*.layers.0.*'
+  nanoquant quantize SRC DST --override '*.down_proj=4/32' --override '*.o_proj=16'
+  nanoquant quantize SRC DST --algorithm gptq --calibration-text text.jsonl --device cuda
+  nanoquant quantize SRC DST --dry-run
+"""
+
+
+def add_to(commands: Any) -> None:
+    """Add the command to argparse's sub-parsers."""
+    parser = commands.add_parser(
+        "quantize",
+        help="make an int4 checkpoint of a stock one",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="folder, or model id of the Hugging Face Hub")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
+    recipe = parser.add_argument_group(
+        "recipe", "ignore goes before override, override before preset"
+    )
+    recipe.add_argument("--preset", help="ssm, balanced (default), quality or full")
+    recipe.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 32, 64, 128 (default), or -1 for a whole row",
+    )
+    recipe.add_argument("--algorithm", help="how integers are chosen: minmax (default), mse, gptq")
+    recipe.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave these modules as they are: a name, shell wildcards, or re:REGEX; repeatable",
+    )
+    recipe.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        type=override_option,
+        metavar="PATTERN=BITS[/GROUP]",
+        help="treat these modules otherwise: 4/32, 4 or 16; the last match wins; repeatable",
+    )
+    calibration = parser.add_argument_group("calibration", "for --algorithm gptq, which needs it")
+    calibration.add_argument(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="plain text, or .jsonl with a text or messages on each line",
+    )
+    calibration.add_argument(
+        "--calibration-samples",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most sequences of it (default: %(default)s)",
+    )
+    calibration.add_argument(
+        "--calibration-length",
+        type=int,
+        default=2048,
+        metavar="TOKENS",
+        help="most tokens of a sequence (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=size_option,
+        default="4.5GB",
+        metavar="SIZE",
+        help="largest file of the result (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu (default; every core), cuda or cuda:1 for the arithmetic",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="write nothing; say what would be done and needed"
+    )
+    add_json_option(parser)
+    parser.set_defaults(run=run, after_interrupt="; run the same command again to go on")
+
+
+def override_option(text: str) -> tuple[str, dict[str, int]]:
+    """``PATTERN=4/32`` as pattern and override, for argparse; the recipe judges the numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: not of this form.
+    """
+    pattern, found, value = text.rpartition("=")
+    bits, has_group, group = value.partition("/")
+    try:
+        override = {"bits": int(bits)} | ({"group_size": int(group)} if has_group else {})
+    except ValueError:
+        found = ""
+    if not found or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATTERN=4/32 or PATTERN=16")
+    return pattern, override
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out.
+
+    Raises:
+        RecipeError, UsageError, CheckpointError: as `checkpoint.quantize.prepare` and `Job.run`.
+    """
+    # Not at the top: this imports torch.
+    from vllm_nanoquant.checkpoint.calibrate import Calibration
+    from vllm_nanoquant.checkpoint.quantize import Request, prepare
+    from vllm_nanoquant.checkpoint.source import find_source
+
+    recipe = _recipe(options)
+    _check_device(options.device)
+    folder = find_source(options.source, options.revision)
+    calibration = None
+    if options.calibration_text is not None:
+        calibration = Calibration(
+            options.calibration_text, options.calibration_samples, options.calibration_length
+        )
+    job = prepare(
+        Request(
+            options.source,
+            folder,
+            options.target,
+            recipe,
+            options.max_shard_size,
+            options.device,
+            calibration,
+        )
+    )
+    if options.dry_run:
+        _tell_plan(job, options.json)
+        return OK
+    if job.is_done():
+        result = {"target": str(options.target), "done_before": True}
+        text = f"{options.target} is complete already, by the same recipe from the same source"
+    else:
+        with progress("quantize", job.source_bytes) as update:
+            report = job.run(update)
+        errors = [record["relative_error"] for record in report["tensors"].values()]
+        result = {
+            "target": str(options.target),
+            "done_before": False,
+            "bytes": report["bytes"],
+            "quantized": len(errors),
+            "mean_relative_error": sum(errors) / len(errors),
+        }
+        text = (
+            f"{options.target}: {len(errors)} weights in int4, {recipe.in_words}; "
+            f"{megabytes(report['bytes']['before'])} became {megabytes(report['bytes']['after'])}\n"
+            f"serve it with: vllm serve {options.target}"
+        )
+    if options.json:
+        print_json(result)
+    else:
+        print(text)
+    return OK
+
+
+def _recipe(options: argparse.Namespace) -> Any:
+    from vllm_nanoquant.recipe import Recipe
+
+    given = {
+        "preset": options.preset,
+        "group_size": options.group_size,
+        "algorithm": options.algorithm,
+    }
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return Recipe.parse({**chosen, "ignore": options.ignore, "overrides": dict(options.override)})
+
+
+def _check_device(name: str) -> None:
+    """Refuse a device that torch does not have here, or that holds no numbers, as ``meta``."""
+    import torch
+
+    from vllm_nanoquant.checkpoint.errors import UsageError
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: torch {torch.__version__} has no such device") from None
+
+
+def _tell_plan(job: Job, as_json: bool) -> None:
+    """What would be done, and what it needs."""
+    from vllm_nanoquant.checkpoint.quantize import free_bytes
+    from vllm_nanoquant.roles import role_of
+
+    counts: Counter[tuple[str, str]] = Counter()
+    before: Counter[tuple[str, str]] = Counter()
+    after: Counter[tuple[str, str]] = Counter()
+    for step in job.plan.steps:
+        role = str(role_of(step.key.rpartition(".")[0]) or "other")
+        scheme = step.scheme
+        kind = (role, f"int4 g{scheme.group_size}, {scheme.algorithm}" if scheme else "as it is")
+        counts[kind] += 1
+        before[kind] += step.source.nbytes
+        after[kind] += sum(output.nbytes for output in step.outputs)
+    free = free_bytes(job.request.target)
+    needs = {
+        "disk_bytes": job.plan.nbytes,
+        "free_bytes": free,
+        "memory_bytes": job.peak_bytes,
+        "seconds": job.estimate_seconds(),
+    }
+    if as_json:
+        parts = [
+            {
+                "role": k[0],
+                "form": k[1],
+                "tensors": counts[k],
+                "before": before[k],
+                "after": after[k],
+            }
+            for k in counts
+        ]
+        quantized = [step.key for step in job.plan.steps if step.scheme]
+        print_json({"parts": parts, "quantized": quantized, "needs": needs})
+        return
+    seconds = needs["seconds"]
+    time = "unknown: it is calibration that takes it"
+    if seconds is not None:
+        time = f"about {seconds:.0f} s, by a sample on this machine, disks aside"
+    print_table(
+        ("role", "form", "tensors", "before", "after"),
+        [
+            (*kind, str(counts[kind]), megabytes(before[kind]), megabytes(after[kind]))
+            for kind in sorted(counts)
+        ],
+    )
+    print(
+        f"\ndisk    {megabytes(job.plan.nbytes)} in {len(job.plan.shards)} files; "
+        f"{megabytes(free)} are free\n"
+        f"memory  about {megabytes(job.peak_bytes)} beyond torch itself\n"
+        f"time    {time}\n"
+        "nothing was written"
+    )
