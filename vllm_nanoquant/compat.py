@@ -8,7 +8,8 @@ process imports this module, whatever the model.
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +18,21 @@ from packaging.version import InvalidVersion, Version
 from vllm.config import VllmConfig
 from vllm.logger import init_logger as _vllm_init_logger
 
-from vllm_nanoquant.recipe import METHOD
+from vllm_nanoquant.recipe import METHOD, RecipeError
 
 __all__ = [
     "MAX_VLLM",
     "MIN_VLLM",
+    "checkpoint_json",
     "checkpoint_tensors",
     "init_logger",
     "loaded_elements",
     "loader_filling_on_cpu",
     "map_name",
     "process_when_loaded",
+    "reads_by_default_loader",
     "require_supported_vllm",
+    "translate_weights",
     "wrap_set_cudagraph_sizes",
 ]
 
@@ -38,6 +42,9 @@ MAX_VLLM = Version("0.34")
 """First release that is not supported."""
 
 _WRAPPED = "_nanoquant_wrapped"
+_TRANSLATION = "_nanoquant_translation"
+
+Translation = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterator[tuple[str, torch.Tensor]]]
 
 
 def init_logger(name: str) -> Any:
@@ -74,13 +81,44 @@ def require_supported_vllm() -> None:
 
 
 def checkpoint_tensors(model: str, revision: str | None) -> dict[str, Any]:
-    """Names and headers of a checkpoint's safetensors tensors, read without their data.
+    """Dtype and shape of a checkpoint's safetensors tensors by name, read without their data.
 
     Returns an empty dict when there are none to read (dummy weights, another format, no network).
+
+    Raises:
+        CheckpointError: a local file is truncated or no safetensors file; the text names it.
     """
+    if Path(model).is_dir():
+        from vllm_nanoquant.checkpoint.header import read_header
+
+        headers = [read_header(file) for file in sorted(Path(model).glob("*.safetensors"))]
+        return {
+            name: {"dtype": entry.dtype, "shape": list(entry.shape)}
+            for header in headers
+            for name, entry in header.tensors.items()
+        }
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-    return get_safetensors_params_metadata(model, revision=revision)
+    # vLLM leaves in what is no tensor, where it reads its cache (0.26 to 0.33).
+    found = get_safetensors_params_metadata(model, revision=revision)
+    return {name: header for name, header in found.items() if name != "__metadata__"}
+
+
+def checkpoint_json(model: str, revision: str | None, file: str) -> dict[str, Any] | None:
+    """Parse a JSON file of a checkpoint, local or on the Hub; None where it has none.
+
+    Raises:
+        RecipeError: it is not a JSON object.
+    """
+    from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
+
+    try:
+        content = get_hf_file_to_dict(file, model, revision)
+    except ValueError as error:
+        raise RecipeError(f"{METHOD}: {file} of {model} is not JSON: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"{METHOD}: {file} of {model} is not a JSON object")
+    return content
 
 
 def process_when_loaded(layer: torch.nn.Module) -> None:
@@ -129,6 +167,45 @@ def loaded_elements(layer: torch.nn.Module) -> int:
 def map_name(mapper: Any, name: str) -> str:
     """Apply a vLLM ``WeightsMapper`` to a name; one that it drops maps to itself."""
     return (mapper.apply_list([name]) or [name])[0]
+
+
+def translate_weights(method: Any, translate: Translation) -> None:
+    """Have a stream of weights pass through `translate` before the model sees it.
+
+    vLLM has no hook for that. Every loader that reads files asks ``get_all_weights`` of
+    ``DefaultModelLoader`` for them (0.26 to 0.33), for ``reload_weights`` too; it is wrapped when
+    the first such model is built, and changes nothing for a model without a `method` marked here.
+
+    Args:
+        method: quantization method of any layer of the model.
+        translate: names and tensors as the checkpoint has them in, as the model wants them out.
+    """
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    setattr(method, _TRANSLATION, translate)
+    original = DefaultModelLoader.get_all_weights
+    if hasattr(original, _WRAPPED):
+        return
+
+    @functools.wraps(original)
+    def get_all_weights(self: Any, model_config: Any, model: torch.nn.Module) -> Any:
+        weights = original(self, model_config, model)
+        methods = (getattr(module, "quant_method", None) for module in model.modules())
+        found = (getattr(method, _TRANSLATION, None) for method in methods)
+        translation: Translation | None = next(filter(None, found), None)
+        return weights if translation is None else translation(weights)
+
+    setattr(get_all_weights, _WRAPPED, original)
+    DefaultModelLoader.get_all_weights = get_all_weights
+
+
+def reads_by_default_loader(load_format: str) -> bool:
+    """Whether ``DefaultModelLoader``, or the one for dummies, serves a ``--load-format``."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    loader = _LOAD_FORMAT_TO_MODEL_LOADER.get(load_format)
+    return load_format == "dummy" or loader is DefaultModelLoader
 
 
 def wrap_set_cudagraph_sizes(before: Callable[[VllmConfig], None]) -> None:

@@ -7,6 +7,7 @@ is started, and before a weight is read.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,17 @@ from vllm.platforms import current_platform
 
 from vllm_nanoquant import __version__, compat, compilation
 from vllm_nanoquant.command_line import RIGHT_FLAG
+from vllm_nanoquant.inventory import (
+    READABLE_METHODS,
+    Inventory,
+    Model,
+    parse_options,
+    take_inventory,
+)
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
 from vllm_nanoquant.roles import Role, layer_kinds, role_of
+from vllm_nanoquant.stored import Int4Module
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -31,6 +40,8 @@ if TYPE_CHECKING:
 logger = compat.init_logger(__name__)
 
 _MIN_CAPABILITY = 80  # bf16 tensor cores
+# Options that no other method has.
+_OURS_ALONE = frozenset({"preset", "max_capture_size"})
 # Fused projections of models that do not declare their own packed_modules_mapping.
 _USUAL_FUSIONS = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -39,23 +50,33 @@ _USUAL_FUSIONS = {
 
 
 class NanoquantConfig(QuantizationConfig):
-    """int4 weights in groups, bf16 activations; a BF16 checkpoint is quantized while it loads."""
+    """int4 weights in groups, bf16 activations.
 
-    def __init__(self, options: ServingOptions | None = None) -> None:
+    A BF16 checkpoint is quantized while it loads; one that is int4 already is loaded as it is.
+    """
+
+    def __init__(self, inventory: Inventory | None = None, claimed: str | None = None) -> None:
         """Make the config of one engine.
 
         Args:
-            options: None for the defaults (preset ``balanced``).
+            inventory: the recipe, and what is known of the checkpoint by it; None for the default
+                recipe (preset ``balanced``) on a checkpoint that is quantized while it loads.
+            claimed: another method, which the checkpoint's settings name and we were asked to read.
         """
         super().__init__()
         compat.require_supported_vllm()
-        self.options = options or ServingOptions()
-        self.ledger = Ledger(self.options.in_words)
+        self._claimed = claimed
         self._layer_kinds: tuple[Any, ...] | None = None
         self._tied_embeddings = False
         self._squared_relu = False
-        # The recipe in vLLM's names for modules, once the model has said what they are.
-        self._recipe = self.options
+        self._use(inventory or Inventory(ServingOptions()))
+
+    def _use(self, inventory: Inventory) -> None:
+        self.options = inventory.options
+        self.ledger = Ledger(inventory.in_words, inventory.is_int4)
+        self._inventory = inventory
+        # The inventory in vLLM's names for modules, once the model has said what they are.
+        self._here = inventory
 
     def __repr__(self) -> str:
         return f"NanoquantConfig({self.options!r})"
@@ -86,10 +107,11 @@ class NanoquantConfig(QuantizationConfig):
         """Read ``quantization_config`` of config.json or of ``--hf-overrides``.
 
         Raises:
-            RecipeError: an option that is unknown or has an impossible value.
+            RecipeError: an option that is unknown or has an impossible value, or a format of int4
+                checkpoints that this release does not know.
         """
-        options = {key: value for key, value in config.items() if key != "quant_method"}
-        return cls(ServingOptions.parse(options))
+        method = config.get("quant_method") or METHOD
+        return cls(parse_options(config), claimed=None if method == METHOD else method)
 
     @classmethod
     def from_config_file(cls, config_file: str) -> "NanoquantConfig":
@@ -128,12 +150,24 @@ class NanoquantConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Claim options given without a ``quant_method`` beside ``--quantization`` of ours.
+        """Claim options given without a ``quant_method``, and checkpoints of tools that we read.
+
+        They are beside ``--quantization`` of ours, and also without it when one of them is known to
+        nobody else: ``--hf-overrides`` has put them in the place of a ``quantization_config`` that
+        named us. What other tools quantized is claimed only where ``--quantization`` asks for it.
 
         vLLM asks this for every quantized model it serves, so it is quick and never raises.
         """
-        unnamed = isinstance(hf_quant_cfg, dict) and not hf_quant_cfg.get("quant_method")
-        return METHOD if user_quant == METHOD and unnamed else None
+        if not isinstance(hf_quant_cfg, dict):
+            return None
+        method = hf_quant_cfg.get("quant_method")
+        if method:
+            return METHOD if user_quant == METHOD and method in READABLE_METHODS else None
+        given = hf_quant_cfg.keys() - {"quant_method"}
+        unmistakable = given & _OURS_ALONE and given <= ServingOptions.model_fields.keys()
+        if user_quant == METHOD or (user_quant is None and unmistakable):
+            return METHOD
+        return None
 
     def maybe_update_config(
         self,
@@ -147,7 +181,8 @@ class NanoquantConfig(QuantizationConfig):
         hashes into the key of its compiled artefacts: a changed recipe never meets a stale one.
 
         Raises:
-            RecipeError: options in the wrong place, or patterns that fit no module.
+            RecipeError: options in the wrong place, patterns that fit no module, options that
+                contradict an int4 checkpoint, or headers that contradict its config.json.
             ValueError: ``VLLM_USE_BYTECODE_HOOK`` is on.
         """
         compilation.reject_bytecode_hook()
@@ -157,9 +192,20 @@ class NanoquantConfig(QuantizationConfig):
             self._layer_kinds = layer_kinds(hf_config)
             self._tied_embeddings = bool(getattr(hf_config, "tie_word_embeddings", False))
             self._squared_relu = getattr(hf_config, "mlp_hidden_act", None) == "relu2"
-            hf_config.nanoquant_fingerprint = f"{__version__}-{self.options.fingerprint}"
-        if self.options.patterns:
-            self._check_patterns(model_name, revision)
+        tensors = compat.checkpoint_tensors(model_name, revision)
+        if not tensors and (self.options.patterns or self._inventory.int4 is not None):
+            logger.warning(
+                "%s: no safetensors header of %s could be read, so neither the patterns of ignore "
+                "and overrides nor the tensors of an int4 checkpoint are checked before loading; a "
+                "misspelt pattern has no effect",
+                METHOD,
+                model_name,
+            )
+        read_json = partial(compat.checkpoint_json, model_name, revision)
+        model = Model(model_name, tensors, read_json, self._layer_kinds, self._tied_embeddings)
+        self._use(take_inventory(self._inventory, self._claimed, model))
+        if hf_config is not None:
+            hf_config.nanoquant_fingerprint = f"{__version__}-{self._inventory.fingerprint}"
         compilation.install_capture_cap()
 
     def _refuse_composition(self) -> None:
@@ -181,23 +227,9 @@ class NanoquantConfig(QuantizationConfig):
                     f"{METHOD}: --hf-overrides.{name} does not reach the recipe; use {right}"
                 )
 
-    def _check_patterns(self, model_name: str, revision: str | None) -> None:
-        tensors = compat.checkpoint_tensors(model_name, revision)
-        suffix = ".weight"
-        modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-        if modules:
-            self.options.check_against(modules)
-        else:
-            logger.warning(
-                "%s: no safetensors header of %s could be read, so the patterns of ignore and "
-                "overrides are not checked; a misspelt one has no effect",
-                METHOD,
-                model_name,
-            )
-
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Learn vLLM's names for the modules that the patterns name."""
-        self._recipe = self.options.with_renamed_patterns(
+        """Learn vLLM's names for the modules that the recipe names and the checkpoint holds."""
+        self._here = self._inventory.with_renamed_modules(
             lambda name: compat.map_name(hf_to_vllm_mapper, name)
         )
 
@@ -212,7 +244,10 @@ class NanoquantConfig(QuantizationConfig):
         from vllm_nanoquant.layers.dispatch import method_for
 
         self._check_engine()
-        return method_for(layer, prefix, self.scheme_for, self.ledger)
+        method = method_for(layer, prefix, self.scheme_for, self.ledger, self.stored_as)
+        if method is not None and self._inventory.foreign is not None:
+            compat.translate_weights(method, self._inventory.foreign.translate)
+        return method
 
     def scheme_for(self, prefix: str) -> Scheme | None:
         """Scheme of a module by vLLM's name for it; fused modules must agree on one.
@@ -220,19 +255,39 @@ class NanoquantConfig(QuantizationConfig):
         Raises:
             RecipeError: the parts of a fused module have different schemes.
         """
-        parent, _, leaf = prefix.rpartition(".")
-        fusions = _USUAL_FUSIONS | self.packed_modules_mapping
-        parts = [f"{parent}.{part}".lstrip(".") for part in fusions.get(leaf, [leaf])]
-        scheme, *others = {self._recipe.scheme(part, self._layer_kinds) for part in parts}
+        parts = self._parts_of(prefix)
+        scheme, *others = {self._here.scheme(part, self._layer_kinds) for part in parts}
         if others:
             raise RecipeError(
                 f"{METHOD}: {', '.join(parts)} are served as one product, {prefix}, and need the "
                 "same treatment; name all of them, or none, in ignore and overrides"
             )
-        if self._tied_embeddings and role_of(leaf) is Role.LM_HEAD and scheme:
+        if self._tied_embeddings and role_of(prefix) is Role.LM_HEAD and scheme:
             logger.info("%s: lm_head shares the embedding's weights and stays as it is", METHOD)
             return None
         return scheme
+
+    def stored_as(self, prefix: str) -> tuple[Int4Module, ...] | None:
+        """Find what the checkpoint's headers say of a module, by vLLM's name for it.
+
+        Returns:
+            One entry for each of the modules that vLLM serves as this one, none where no header
+            could be read; None where the module is to be quantized while it loads.
+        """
+        int4 = self._here.int4
+        if int4 is None:
+            return None
+        names = [prefix] if prefix in int4 else self._parts_of(prefix)
+        found = tuple(int4[name] for name in names if name in int4)
+        if self._inventory.foreign is not None and not found:
+            return None
+        return found
+
+    def _parts_of(self, prefix: str) -> list[str]:
+        """Names of the modules that vLLM serves as one under this name."""
+        parent, _, leaf = prefix.rpartition(".")
+        fusions = _USUAL_FUSIONS | self.packed_modules_mapping
+        return [f"{parent}.{part}".lstrip(".") for part in fusions.get(leaf, [leaf])]
 
     def _check_engine(self) -> None:
         """Refuse what only a worker can know, before the layer at hand is built.
@@ -250,6 +305,12 @@ class NanoquantConfig(QuantizationConfig):
                     f"{METHOD}: --additional-config {name!r} does not reach the recipe; "
                     f"use {RIGHT_FLAG}"
                 )
+        load_format = engine.load_config.load_format
+        if self._inventory.foreign is not None and not compat.reads_by_default_loader(load_format):
+            raise RecipeError(
+                f"{METHOD}: --load-format {load_format} cannot read what another tool quantized; "
+                "leave it out, or run 'nanoquant convert' and serve the result"
+            )
         half = engine.model_config is not None and engine.model_config.dtype == torch.float16
         if half and self._squared_relu:
             raise RecipeError(

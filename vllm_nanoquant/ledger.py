@@ -10,6 +10,8 @@ class Ledger:
 
     recipe: str
     """What the modules are quantized by, in words, for the log."""
+    stored: bool = False
+    """Whether the checkpoint holds int4; else the modules are quantized while they load."""
     pending: set[str] = field(default_factory=set)
     """Modules built, weights not there yet."""
     done: set[str] = field(default_factory=set)
@@ -35,7 +37,8 @@ class Ledger:
 
     def summary(self) -> str:
         """The line for the log: how many modules, by which recipe, their size before and after."""
-        return (
-            f"quantized {len(self.done)} modules to int4 ({self.recipe}): "
-            f"{self.bytes_before / 1e6:.2f} MB to {self.bytes_after / 1e6:.2f} MB"
-        )
+        before, after = f"{self.bytes_before / 1e6:.2f} MB", f"{self.bytes_after / 1e6:.2f} MB"
+        if self.stored:
+            count = f"loaded {len(self.done)} int4 modules"
+            return f"{count} ({self.recipe}): {after}, {before} in BF16"
+        return f"quantized {len(self.done)} modules to int4 ({self.recipe}): {before} to {after}"

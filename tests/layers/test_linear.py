@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading and sharding of real vLLM layers, one rank at a time, against an unsharded oracle."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -10,15 +8,15 @@ pytest.importorskip("vllm")
 
 import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.layers.vocab_parallel_embedding as vllm_vocabulary
-import vllm.model_executor.parameter as vllm_parameter
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_processing,
     record_metadata_for_reloading,
 )
 
+from tests.layers.fake_ranks import RANKS, random_weight, rank_of, rows_of
 from vllm_nanoquant.config import NanoquantConfig
+from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import dequantize
 from vllm_nanoquant.layers import dispatch, linear
@@ -32,23 +30,8 @@ HIDDEN = 200
 MIXER = "model.layers.0.mixer"
 
 
-@contextlib.contextmanager
-def rank_of(tp_rank, tp_size):
-    """A vLLM that believes it is one rank of several."""
-    with pytest.MonkeyPatch.context() as patch, set_current_vllm_config(VllmConfig()):
-        for module in (vllm_linear, vllm_parameter, vllm_vocabulary):
-            patch.setattr(module, "get_tensor_model_parallel_rank", lambda: tp_rank)
-            patch.setattr(module, "get_tensor_model_parallel_world_size", lambda: tp_size)
-        yield
-
-
-def random_weight(rows, columns, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
-
-
 def config_of(**options):
-    return NanoquantConfig(ServingOptions(preset="full", **options))
+    return NanoquantConfig(Inventory(ServingOptions(preset="full", **options)))
 
 
 def assert_same(layer, expected):
@@ -67,14 +50,6 @@ def assert_multiplies(layer, expected, bias=None):
     exact = x.double() @ weight.T + (0 if bias is None else bias.double())
     found = layer.quant_method.apply(layer, x, bias)
     assert (found.double() - exact).abs().mean() <= 5e-3 * exact.abs().mean()
-
-
-def rows_of(weight, parts, tp_rank, tp_size):
-    """The rows of a rank when each part is split over the ranks on its own."""
-    return torch.cat([part.chunk(tp_size)[tp_rank] for part in weight.split(parts)])
-
-
-RANKS = [(0, 1), (0, 2), (1, 2), (1, 4), (3, 4), (5, 8)]
 
 
 @pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
@@ -219,13 +194,13 @@ def test_a_very_large_weight_is_filled_on_the_cpu_and_gives_the_same_bytes(monke
 
 def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):
     held = []
-    original = linear.quantize_minmax
+    original = linear.quantize
 
     def keep(data, *rest):
         held.append(layer.weight)
         return original(data, *rest)
 
-    monkeypatch.setattr(linear, "quantize_minmax", keep)
+    monkeypatch.setattr(linear, "quantize", keep)
     with rank_of(0, 1):
         layer = vllm_linear.ColumnParallelLinear(
             HIDDEN, 40, bias=False, quant_config=config_of(), prefix=f"{MIXER}.up_proj"
@@ -239,7 +214,7 @@ def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):
 def test_routed_experts_stay_as_they_are_and_the_log_says_so(monkeypatch, preset, warned):
     said = []
     monkeypatch.setattr(dispatch.logger, "warning_once", lambda *words: said.append(words))
-    config = NanoquantConfig(ServingOptions(preset=preset))
+    config = NanoquantConfig(Inventory(ServingOptions(preset=preset)))
     layer = RoutedExperts.__new__(RoutedExperts)
     prefix = f"{MIXER}.experts"
     assert dispatch.method_for(layer, prefix, config.scheme_for, config.ledger) is None

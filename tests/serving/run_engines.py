@@ -4,11 +4,12 @@
 usage: run_engines.py JOBS.json REPORT.json
 
 A job: {"name", "engine": arguments of LLM(), "prompts": [text], "windows": [[token id]],
-"environment": {}, "reload": false}. Its report: the greedy continuations, their token ids, the
-summed negative log likelihood of the windows and the number of tokens in it, the shapes of the int4
-parameters, whether reloading changed a weight, or the error that ended it. A line on standard
-output marks where each job's log begins. Running them in one process is quick, and is itself a
-test: an engine must not leave a trace in the next.
+"environment": {}, "reload": false, "digests": false}. Its report: the greedy continuations, their
+token ids, the summed negative log likelihood of the windows and the number of tokens in it, the
+shapes of the int4 parameters, whether reloading changed a weight, digests of all weights by rank
+where asked for, or the error that ended it. A line on standard output marks where each job's log
+begins. Running them in one process is quick, and is itself a test: an engine must not leave a trace
+in the next.
 """
 
 import json
@@ -20,6 +21,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("NANOQUANT_TEST_MU
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from weight_digests import digests
 
 
 def negative_log_likelihood(llm, windows):
@@ -67,6 +69,8 @@ def run(job):
     }
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
         report["int4"] = llm.apply_model(int4_parameters)[0]
+    if job.get("digests"):
+        report["digests"] = llm.apply_model(digests)
     if job.get("reload"):
         report["reload_keeps_every_byte"] = reload_keeps_every_byte(llm)
     if job.get("windows"):

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The linear method: bf16 weights in, int4 weights kept, one opaque product out.
+"""The linear methods' common part, and the one that quantizes: bf16 weights in, int4 kept.
 
 A layer is built with its BF16 weight on the meta device, which costs nothing. vLLM collects what
 the checkpoint brings for it, and when all is there gives the weight real memory, fills it, and
 calls ``process_weights_after_loading``; then the BF16 weight goes. So one layer's BF16 weight is in
 memory at a time; a very large one (an LM head) stays on the CPU, and its rows pass through the GPU
-in chunks. Dummy weights and weight reloading take the same road.
+in chunks. Dummy weights and weight reloading take the same road. Weights that are int4 in the
+checkpoint take it too (``stored.py``).
 """
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -27,8 +29,8 @@ from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.ops import warm_up
 from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.ledger import Ledger
+from vllm_nanoquant.quantize.algorithms import quantize
 from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
-from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import METHOD, Scheme
 
 logger = compat.init_logger(__name__)
@@ -52,15 +54,14 @@ class GroupAlignedWeight(ModelWeightParameter):
         self.data.copy_(part)
 
 
-@register_weight_loader_v2_supported_method
-class NanoquantLinearMethod(LinearMethodBase):
-    """Quantizes a layer's weight when it has been loaded, and multiplies by it.
+class Int4LinearMethod(LinearMethodBase):
+    """Multiplies by int4 weights; a subclass says where they come from.
 
     Covers replicated, column-, row-, merged- and QKV-parallel layers, and the LM head.
     """
 
     uses_meta_device = True
-    """Tells vLLM's loaders that the weights are quantized while loading."""
+    """Tells vLLM's loaders that a layer is processed as soon as its weights are there."""
 
     def __init__(self, scheme: Scheme, prefix: str, ledger: Ledger) -> None:
         """Make the method of one layer.
@@ -75,9 +76,100 @@ class NanoquantLinearMethod(LinearMethodBase):
         self.ledger = ledger
         self.group_offset = 0
         self.out_features = 0
+        self.dtype = torch.bfloat16
         self.device = torch.get_default_device()
         # Dummy weights never come through a loader, so there is nothing to count.
         self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Replace what was loaded by the tensors of the runtime layout.
+
+        vLLM calls it twice; it works once.
+
+        Raises:
+            ValueError: the checkpoint lacks part of the weight, or it is not usable.
+        """
+        if getattr(layer, _PROCESSED, False):
+            return
+        self._require_all_loaded(layer)
+        quantized = self._take_quantized(layer)
+        self.out_features = quantized.out_features
+        self.group_offset = quantized.group_offset
+        nbytes = self._keep(layer, quantized)
+        setattr(layer, _PROCESSED, True)
+        bytes_before = math.prod(quantized.shape) * self.dtype.itemsize
+        if self.ledger.finish(self.prefix, bytes_before, nbytes):
+            logger.info("%s: %s", METHOD, self.ledger.summary())
+
+    @abstractmethod
+    def _take_quantized(self, layer: torch.nn.Module) -> QuantizedWeight:
+        """Take what was loaded off the layer, as this rank's int4 weight.
+
+        Raises:
+            ValueError: the weight is not usable; the text names the tensor.
+        """
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
+        return torch.ops.nanoquant.w4a16(
+            x,
+            layer.weight_packed,
+            layer.weight_scale,
+            layer.weight_arrivals,
+            bias,
+            self.out_features,
+            self.scheme.group_size,
+            self.group_offset,
+        )
+
+    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight) -> int:
+        """Register the tensors of the runtime layout, and compile the kernels that they will meet.
+
+        Returns the bytes of the tensors.
+        """
+        weight = RuntimeWeight.from_quantized(quantized)
+        layer.register_parameter("weight_packed", Parameter(weight.words, requires_grad=False))
+        layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
+        # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
+        layer.register_buffer("weight_arrivals", weight.arrivals, persistent=False)
+        warm_up(weight, getattr(layer, "bias", None), self.dtype)
+        return weight.nbytes
+
+    def _refuse_single_group_in_proj(self, layer: torch.nn.Module) -> None:
+        """Refuse the one layer whose loader vLLM replaces: our weight would stay unfilled."""
+        replaced = type(layer) is ColumnParallelLinear and self.prefix.endswith(".in_proj")
+        if replaced and layer.tp_size > 1:
+            raise ValueError(
+                f"{METHOD}: {self.prefix} has one B/C group, which cannot be quantized over "
+                f"{layer.tp_size} tensor-parallel ranks; use --tensor-parallel-size 1, or keep it "
+                'in BF16 with ignore ["*.in_proj"]'
+            )
+
+    @staticmethod
+    def _rows_to_load(layer: torch.nn.Module, rows: int) -> int:
+        if isinstance(layer, ParallelLMHead):
+            return int(layer.shard_indices.num_org_elements)
+        return rows
+
+    def _require_all_loaded(self, layer: torch.nn.Module) -> None:
+        expected = sum(
+            getattr(parameter, "weight_loader_numel", parameter.numel())
+            for parameter in layer.parameters(recurse=False)
+        )
+        found = compat.loaded_elements(layer) if self.counts_loads else expected
+        if found < expected:
+            raise ValueError(
+                f"{METHOD}: the checkpoint gives {self.prefix} only {found} of its {expected} "
+                "weights; a tensor is missing or a shard of the checkpoint is. Compare its "
+                "files with model.safetensors.index.json and fetch them again"
+            )
+
+
+@register_weight_loader_v2_supported_method
+class NanoquantLinearMethod(Int4LinearMethod):
+    """Quantizes a layer's weight when it has been loaded."""
 
     def create_weights(
         self,
@@ -95,6 +187,7 @@ class NanoquantLinearMethod(LinearMethodBase):
             ValueError: a Mamba in_proj whose single B/C group would be split over ranks.
         """
         self._refuse_single_group_in_proj(layer)
+        self.dtype = params_dtype
         rank = getattr(layer, "tp_rank", 0)
         columns = column_share(input_size, input_size_per_partition, rank, self.scheme.group_size)
         rows = sum(output_partition_sizes)
@@ -114,86 +207,18 @@ class NanoquantLinearMethod(LinearMethodBase):
         self.ledger.expect(self.prefix)
         compat.process_when_loaded(layer)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Replace the layer's BF16 weight by int4; called twice by vLLM, works once.
-
-        Raises:
-            ValueError: the checkpoint lacks part of the weight, or it is not finite.
-        """
-        if getattr(layer, _PROCESSED, False):
-            return
+    def _take_quantized(self, layer: torch.nn.Module) -> QuantizedWeight:
         weight = layer.weight
-        self._require_all_loaded(layer, weight)
+        columns = weight.columns
         try:
-            quantized = quantize_minmax(weight.data, self.scheme.group_size, self.device)
+            quantized = quantize(
+                weight.data, self.scheme.group_size, self.scheme.algorithm, self.device
+            )
         except ValueError as error:
             raise ValueError(f"{METHOD}: {self.prefix}.weight: {error}") from error
-        columns = weight.columns
-        dtype = weight.dtype
         if columns.kept != (0, columns.columns_read):
             quantized = slice_columns(quantized, *columns.kept)
         # vLLM's loader still holds the parameter; its memory is wanted now.
         weight.data = weight.data.new_empty(0)
         del layer.weight
-        self.out_features = quantized.out_features
-        self.group_offset = quantized.group_offset
-        nbytes = self._keep(layer, quantized, dtype)
-        setattr(layer, _PROCESSED, True)
-        bytes_before = math.prod(quantized.shape) * dtype.itemsize
-        if self.ledger.finish(self.prefix, bytes_before, nbytes):
-            logger.info("%s: %s", METHOD, self.ledger.summary())
-
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
-        return torch.ops.nanoquant.w4a16(
-            x,
-            layer.weight_packed,
-            layer.weight_scale,
-            layer.weight_arrivals,
-            bias,
-            self.out_features,
-            self.scheme.group_size,
-            self.group_offset,
-        )
-
-    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight, dtype: torch.dtype) -> int:
-        """Register the tensors of the runtime layout, and compile the kernels that they will meet.
-
-        Returns the bytes of the tensors.
-        """
-        weight = RuntimeWeight.from_quantized(quantized)
-        layer.register_parameter("weight_packed", Parameter(weight.words, requires_grad=False))
-        layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
-        # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
-        layer.register_buffer("weight_arrivals", weight.arrivals, persistent=False)
-        warm_up(weight, getattr(layer, "bias", None), dtype)
-        return weight.nbytes
-
-    def _refuse_single_group_in_proj(self, layer: torch.nn.Module) -> None:
-        """Refuse the one layer whose loader vLLM replaces: our weight would stay unfilled."""
-        replaced = type(layer) is ColumnParallelLinear and self.prefix.endswith(".in_proj")
-        if replaced and layer.tp_size > 1:
-            raise ValueError(
-                f"{METHOD}: {self.prefix} has one B/C group, which cannot be quantized over "
-                f"{layer.tp_size} tensor-parallel ranks; use --tensor-parallel-size 1, or keep it "
-                'in BF16 with ignore ["*.in_proj"]'
-            )
-
-    @staticmethod
-    def _rows_to_load(layer: torch.nn.Module, rows: int) -> int:
-        if isinstance(layer, ParallelLMHead):
-            return int(layer.shard_indices.num_org_elements)
-        return rows
-
-    def _require_all_loaded(self, layer: torch.nn.Module, weight: torch.Tensor) -> None:
-        bias = getattr(layer, "bias", None)
-        expected = weight.weight_loader_numel + (0 if bias is None else bias.numel())
-        found = compat.loaded_elements(layer) if self.counts_loads else expected
-        if found < expected:
-            raise ValueError(
-                f"{METHOD}: the checkpoint gives {self.prefix} only {found} of its {expected} "
-                "weights; a tensor is missing or a shard of the checkpoint is. Compare its "
-                "files with model.safetensors.index.json and fetch them again"
-            )
+        return quantized

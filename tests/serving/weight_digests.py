@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In a module of its own, so that a function can be sent to an engine's workers by its name."""
+
+import hashlib
+
+import torch
+
+
+def digests(model):
+    """SHA-256 of the bytes of every parameter and buffer, by name."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor.dim()
+    }

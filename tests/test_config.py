@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM is told when it asks which method serves a checkpoint."""
+
+import pickle
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_nanoquant import compat
+from vllm_nanoquant.config import NanoquantConfig
+from vllm_nanoquant.inventory import Inventory
+from vllm_nanoquant.recipe import METHOD, RecipeError, ServingOptions
+from vllm_nanoquant.stored import Int4Module
+
+pytestmark = pytest.mark.compat
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "claimed"),
+    [
+        ({"group_size": 64}, METHOD, True),
+        ({"quant_method": "", "group_size": 64}, METHOD, True),
+        ({}, METHOD, True),
+        # What --hf-overrides has put in the place of a quantization_config that named us.
+        ({"max_capture_size": 32}, None, True),
+        ({"quant_method": "", "preset": "ssm", "group_size": 64}, None, True),
+        ({"group_size": 64}, None, False),
+        ({"preset": "ssm", "bits": 4}, None, False),
+        ({"preset": "ssm"}, "fp8", False),
+        ({}, None, False),
+        (None, METHOD, False),
+        # Checkpoints of other tools.
+        ({"quant_method": "gptq", "bits": 4}, METHOD, True),
+        ({"quant_method": "compressed-tensors"}, METHOD, True),
+        ({"quant_method": "gptq", "bits": 4}, None, False),
+        ({"quant_method": "gptq", "bits": 4}, "gptq_marlin", False),
+        ({"quant_method": "bitsandbytes"}, METHOD, False),
+        # vLLM takes this one without asking.
+        ({"quant_method": METHOD, "format_version": 1}, None, False),
+    ],
+)
+def test_which_settings_are_claimed(settings, asked, claimed):
+    answer = NanoquantConfig.override_quantization_method(settings, asked)
+    assert answer == (METHOD if claimed else None)
+
+
+def test_settings_of_another_tool_are_no_options_of_ours():
+    config = NanoquantConfig.from_config({"quant_method": "gptq", "bits": 4, "group_size": 96})
+    assert config.options == ServingOptions()
+
+
+def test_options_of_ours_are_checked():
+    with pytest.raises(RecipeError, match="unknown option 'bits'"):
+        NanoquantConfig.from_config({"quant_method": METHOD, "bits": 4})
+    with pytest.raises(RecipeError, match="format_version = 3"):
+        NanoquantConfig.from_config({"quant_method": METHOD, "format_version": 3})
+
+
+class Mapper:
+    """As vLLM's WeightsMapper renames Nemotron-H."""
+
+    def apply_list(self, names):
+        return [name.replace("backbone.", "model.") for name in names]
+
+
+def test_a_worker_finds_the_modules_of_the_checkpoint_by_its_own_names():
+    parts = {
+        name: Int4Module(f"backbone.layers.3.mixer.{name}", (144, 128), False)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    inventory = Inventory(
+        ServingOptions(preset="full"), {part.name: part for part in parts.values()}
+    )
+    config = pickle.loads(pickle.dumps(NanoquantConfig(inventory)))
+    config.apply_vllm_mapper(Mapper())
+    config.apply_vllm_mapper(Mapper())
+    mixer = "model.layers.3.mixer"
+    assert config.stored_as(f"{mixer}.o_proj") == (parts["o_proj"],)
+    assert config.stored_as(f"{mixer}.qkv_proj") == tuple(list(parts.values())[:3])
+    assert config.stored_as("model.layers.0.mixer.in_proj") == ()
+
+
+def test_headers_of_a_folder_are_read_file_by_file(tiny_model, tmp_path):
+    headers = compat.checkpoint_tensors(str(tiny_model), None)
+    assert headers["lm_head.weight"] == {"dtype": "BF16", "shape": [1801, 288]}
+    assert "__metadata__" not in headers
+    (tmp_path / "model-00002-of-2.safetensors").write_bytes(b"\x10" + bytes(7) + b"{")
+    with pytest.raises(ValueError, match=r"model-00002-of-2\.safetensors: .* truncated"):
+        compat.checkpoint_tensors(str(tmp_path), None)
+
+
+def test_a_json_file_of_a_checkpoint(tiny_model, tmp_path):
+    assert compat.checkpoint_json(str(tiny_model), None, "config.json")["vocab_size"] == 1801
+    assert compat.checkpoint_json(str(tiny_model), None, "missing.json") is None
+    for text in ("{", "[1]"):
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(RecipeError, match=r"index\.json of .* is not"):
+            compat.checkpoint_json(str(tmp_path), None, "index.json")
+
+
+def test_a_stock_checkpoint_is_quantized_while_loading():
+    assert NanoquantConfig().stored_as("model.layers.3.mixer.o_proj") is None

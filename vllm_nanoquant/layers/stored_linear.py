@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear method for weights that are int4 in the checkpoint.
+
+The layer is built with the checkpoint's tensors on the meta device, cut as its rank needs them.
+vLLM fills them when the last one is there and calls ``process_weights_after_loading``, as for a
+weight that is quantized while loading: so one layer at a time exists in both layouts. A rank reads
+the whole groups that its columns touch and cuts its share out of them (``sharding.py``), which
+gives the bytes that quantizing while loading gives.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import (
+    QKVParallelLinear,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from vllm_nanoquant import compat
+from vllm_nanoquant.layers.linear import Int4LinearMethod
+from vllm_nanoquant.layers.sharding import ColumnShare, column_share
+from vllm_nanoquant.ledger import Ledger
+from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, slice_columns
+from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
+from vllm_nanoquant.stored import Int4Module, require_shape
+
+_TENSORS = {
+    "weight_packed": torch.uint8,
+    "weight_scale": torch.bfloat16,
+    "weight_zero_point": torch.bfloat16,
+}
+# What quantizing a row of zeros gives: such rows pad the vocabulary.
+_PADDING = {"weight_packed": 0, "weight_scale": 1, "weight_zero_point": 0}
+
+# Dummy weights: any integers, and a scale and a zero point that keep them within vLLM's +-0.001.
+_DUMMY_SEED = 1234
+_DUMMY_SCALE = 1e-3 / 7.5
+_DUMMY_ZERO_POINT = -7.5
+
+
+class StoredTensor(ModelWeightParameter):
+    """A rank's part of a tensor [rows along K, N] of the checkpoint, in the dtype it has there."""
+
+    first: int
+    """First of the rows along K that the rank reads, in the whole tensor."""
+    place: str
+    """Full name, for errors."""
+
+    def _check(self, loaded_weight: torch.Tensor) -> None:
+        """Refuse another dtype, which a copy would silently convert."""
+        if loaded_weight.dtype != self.dtype:
+            raise ValueError(
+                f"{METHOD}: {self.place} is {loaded_weight.dtype} in the checkpoint; it must be "
+                f"{self.dtype}. Fetch its files again, or make them again with 'nanoquant quantize'"
+            )
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """Copy this rank's columns (N) of the whole tensor."""
+        self._check(loaded_weight)
+        super().load_column_parallel_weight(loaded_weight)
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        """Copy this rank's columns (N) of one part."""
+        self._check(loaded_weight)
+        super().load_merged_column_weight(loaded_weight, **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        """Copy this rank's heads of q, k or v."""
+        self._check(loaded_weight)
+        super().load_qkv_weight(loaded_weight, **kwargs)
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        """Copy this rank's rows along K, and the rest of their groups."""
+        self._check(loaded_weight)
+        self.data.copy_(loaded_weight.narrow(0, self.first, self.shape[0]))
+
+
+@register_weight_loader_v2_supported_method
+class StoredLinearMethod(Int4LinearMethod):
+    """Serves a weight that is int4 in the checkpoint."""
+
+    columns: ColumnShare
+    """What this rank reads of K, and what of that it keeps; known once the layer is built."""
+
+    def __init__(
+        self, scheme: Scheme, prefix: str, ledger: Ledger, headers: Sequence[Int4Module] = ()
+    ) -> None:
+        """Make the method of one layer.
+
+        Args:
+            scheme: group size; the algorithm has done its work.
+            prefix: vLLM's full name of the layer.
+            ledger: keeps count of what has been loaded.
+            headers: what the checkpoint's headers say of the modules that the layer serves as
+                one; empty where none could be read.
+
+        Raises:
+            RecipeError: some of the parts are ordered and some are not.
+        """
+        super().__init__(scheme, prefix, ledger)
+        self.headers = headers
+        self.parts = [header.name for header in headers] or [prefix]
+        self.ordered = any(header.ordered for header in headers)
+        if self.ordered and not all(header.ordered for header in headers):
+            raise RecipeError(self._orders_differ())
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer the checkpoint's tensors, on the meta device.
+
+        Raises:
+            ValueError: a Mamba in_proj whose single B/C group would be split over ranks, columns in
+                another order split over ranks, or a weight of another shape than the model's.
+        """
+        self._refuse_single_group_in_proj(layer)
+        if self.headers:
+            require_shape(self.headers, _rows_stored(layer, output_size), input_size, self.prefix)
+        self._refuse_split_order(input_size_per_partition, input_size)
+        self.dtype = params_dtype
+        rank = getattr(layer, "tp_rank", 0)
+        self.columns = column_share(
+            input_size, input_size_per_partition, rank, self.scheme.group_size
+        )
+        rows = sum(output_partition_sizes)
+        for name in _TENSORS:
+            layer.register_parameter(
+                name, self._tensor(layer, name, rows, extra_weight_attrs["weight_loader"])
+            )
+        if self.ordered:
+            data = torch.empty(len(self.headers), input_size, device="meta", dtype=torch.int32)
+            order = Parameter(data, requires_grad=False)
+            order.weight_loader = _load_order
+            layer.register_parameter("weight_order", order)
+        self.ledger.expect(self.prefix)
+        compat.process_when_loaded(layer)
+
+    def _tensor(
+        self, layer: torch.nn.Module, name: str, rows: int, loader: Callable[..., Any]
+    ) -> StoredTensor:
+        """One of the checkpoint's tensors, on the meta device; N is `rows` on this rank."""
+        first, count = self._rows_read()[name]
+        if isinstance(layer, ParallelLMHead):
+            loader = _vocabulary_loader(layer.shard_indices, _PADDING[name])
+        tensor = StoredTensor(
+            data=torch.empty(count, rows, device="meta", dtype=_TENSORS[name]),
+            input_dim=0,
+            output_dim=1,
+            weight_loader=loader,
+        )
+        tensor.first = first
+        tensor.place = f"{self.prefix}.{name}"
+        # Rows that only pad the vocabulary are never loaded (vLLM 0.32 and later read this).
+        tensor.weight_loader_numel = count * self._rows_to_load(layer, rows)
+        return tensor
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
+        if self.ordered:
+            x = x.index_select(-1, layer.weight_order)
+        return super().apply(layer, x, bias)
+
+    def _rows_read(self) -> dict[str, tuple[int, int]]:
+        """First row and number of rows, along K, of each tensor that this rank reads."""
+        columns, size = self.columns, self.scheme.group_size
+        # read_start is where a group begins, so even.
+        packed = columns.read_start // 2, (columns.columns_read + 1) // 2
+        first_group = group_count(columns.read_start, size) if columns.read_start else 0
+        groups = first_group, group_count(columns.columns_read, size)
+        return {"weight_packed": packed, "weight_scale": groups, "weight_zero_point": groups}
+
+    def _take_quantized(self, layer: torch.nn.Module) -> QuantizedWeight:
+        tensors = [getattr(layer, name) for name in _TENSORS]
+        packed, scale, zero_point = (tensor.data for tensor in tensors)
+        if not self.counts_loads:
+            _fill_with_dummies(packed, scale, zero_point)
+        self._require_finite(scale, zero_point)
+        order = self._take_order(layer) if self.ordered else None
+        columns = self.columns
+        quantized = QuantizedWeight(
+            packed, scale, zero_point, self.scheme.group_size, columns.columns_read
+        )
+        if columns.kept != (0, columns.columns_read):
+            quantized = slice_columns(quantized, *columns.kept)
+        for name, tensor in zip(_TENSORS, tensors, strict=True):
+            # vLLM's loader still holds the parameter; its memory is wanted as soon as possible.
+            tensor.data = tensor.data.new_empty(0)
+            delattr(layer, name)
+        if order is not None:
+            layer.register_parameter("weight_order", Parameter(order, requires_grad=False))
+        return quantized
+
+    def _require_finite(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        for name, tensor in (("weight_scale", scale), ("weight_zero_point", zero_point)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"{METHOD}: {', '.join(self.parts)}: {name} has values that are not finite; "
+                    "the checkpoint is damaged, fetch its files again"
+                )
+
+    def _take_order(self, layer: torch.nn.Module) -> torch.Tensor:
+        """Take the checkpoint's order off the layer: int32 [K], checked to be a permutation."""
+        orders = layer.weight_order.data
+        if not self.counts_loads:
+            orders[:] = torch.arange(orders.shape[1], dtype=torch.int32, device=orders.device)
+        order = orders[0].clone()
+        if not bool((orders == order).all()):
+            raise RecipeError(self._orders_differ())
+        positions = torch.arange(len(order), dtype=torch.int32, device=order.device)
+        if not torch.equal(order.sort().values, positions):
+            raise ValueError(
+                f"{METHOD}: {self.parts[0]}.weight_order is not a permutation of 0 to "
+                f"{len(order) - 1}; the checkpoint is damaged, fetch its files again"
+            )
+        del layer.weight_order
+        return order
+
+    def _orders_differ(self) -> str:
+        return (
+            f"{METHOD}: {', '.join(self.parts)} are served as one product, {self.prefix}, and "
+            "their columns are in different orders (weight_order); quantize again without "
+            "activation order, or keep them in BF16"
+        )
+
+    def _refuse_split_order(self, share: int, columns: int) -> None:
+        if self.ordered and share != columns:
+            raise RecipeError(
+                f"{METHOD}: {self.parts[0]}.weight_order orders all {columns} input features, and "
+                f"{self.prefix} splits them over tensor-parallel ranks; use "
+                "--tensor-parallel-size 1, or quantize again without activation order"
+            )
+
+
+def _rows_stored(layer: torch.nn.Module, output_size: int) -> int:
+    """N of the checkpoint's weights together, whatever a rank pads or repeats."""
+    if isinstance(layer, ParallelLMHead):
+        return int(layer.org_vocab_size)
+    if isinstance(layer, QKVParallelLinear):
+        heads = layer.total_num_heads + layer.total_num_kv_heads
+        return int(heads * layer.head_size + layer.total_num_kv_heads * layer.v_head_size)
+    return output_size
+
+
+def _vocabulary_loader(indices: Any, padding: int) -> Callable[..., None]:
+    """Loader of this rank's part of the vocabulary; vLLM's own takes N to be the first dimension.
+
+    Holds no reference to the layer: vLLM keeps loaders in a table with the layers as weak keys.
+    """
+    start, count = indices.org_vocab_start_index, indices.num_org_elements
+
+    def load_vocabulary(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        param._check(loaded_weight)
+        param.data[:, :count].copy_(loaded_weight.narrow(1, start, count))
+        param.data[:, count:].fill_(padding)
+
+    return load_vocabulary
+
+
+def _load_order(
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    loaded_shard_id: str | int | None = None,
+) -> None:
+    """Copy the order of one part, [K], to the part's row of [parts, K]."""
+    by_name: dict[str | int | None, int] = {None: 0, "q": 0, "k": 1, "v": 2}
+    part = by_name.get(loaded_shard_id, loaded_shard_id)
+    param.data[part].copy_(loaded_weight)
+
+
+def _fill_with_dummies(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    """Replace what vLLM's dummy loader leaves: it fills floating-point tensors only."""
+    generator = torch.Generator(packed.device).manual_seed(_DUMMY_SEED)
+    packed.random_(0, 256, generator=generator)
+    scale.fill_(_DUMMY_SCALE)
+    zero_point.fill_(_DUMMY_ZERO_POINT)
