@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import pickle
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_nanoquant.recipe import Recipe, RecipeError, Scheme, ServingOptions, matches
+from vllm_nanoquant.recipe import (
+    Override,
+    Recipe,
+    RecipeError,
+    Scheme,
+    ServingOptions,
+    matches,
+)
 from vllm_nanoquant.roles import LayerKind, layer_kinds, sensitive_layers
 
 # The published pattern of Nemotron-Nano-9B-v2: 27 Mamba-2, 25 MLP and 4 attention layers.
@@ -176,3 +185,40 @@ def test_a_name_matches_itself_and_a_star(pattern, name):
     assert matches("*", name)
     assert matches(name, name)
     assert isinstance(matches(pattern, name), bool)
+
+
+@pytest.mark.parametrize("pattern", ["re:(?:.|..|...)*(?=!)", r"re:(?:\w|\.|\w\w|\w\.)*(?=!)"])
+def test_a_regex_that_would_take_for_ever_is_named(pattern):
+    recipe = Recipe(overrides={pattern: Override(bits=16)})
+    name = "backbone.layers.10.mixer.a_module_with_a_long_name.in_proj"
+    before = time.process_time()
+    with pytest.raises(RecipeError, match="takes too long for the name backbone") as caught:
+        recipe.scheme(name, KINDS_9B)
+    assert repr(pattern) in str(caught.value)
+    assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize("pattern", ["re:(a+)+$", r"re:(\w|\w\w)*!", r"re:(?:(?:\w+\.)+)+!"])
+def test_nested_repeats_are_judged_in_time(pattern):
+    """Those that python's own engine takes years for: quick, or an error."""
+    before = time.process_time()
+    with contextlib.suppress(RecipeError):
+        assert not matches(pattern, "a" * 60 + ".in_proj")
+    assert time.process_time() - before < 2
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "re:(a{9999}){9999}",
+        "re:(?:(?:a{99}){99}){99}",
+        "re:a{1,99999999999999999999}",
+        "re:(",
+        "re:*",
+        "re:" + "(" * 3000,
+        "re:" + "a" * 200_000,
+    ],
+)
+def test_a_regex_that_cannot_be_compiled_is_refused_before_it_is_tried(pattern):
+    with pytest.raises(RecipeError, match=r"is not a regular expression|is too large"):
+        Recipe.parse({"ignore": [pattern]})

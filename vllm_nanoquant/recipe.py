@@ -7,12 +7,12 @@ checked here once, and asked for the scheme of each module by name. It knows nei
 
 import difflib
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_nanoquant.roles import LayerKind, Role, layer_index, role_of, sensitive_layers
@@ -32,6 +32,10 @@ _PRESET_ROLES: dict[str, frozenset[Role]] = {
 }
 _MAX_NAMES_IN_ERROR = 4
 _REGEX = "re:"
+# Expressions may come from a hostile config.json. Repeats are written out as they are compiled,
+# and matching may take years, where a sane expression takes microseconds.
+_MAX_REGEX_SIZE = 100_000
+_REGEX_SECONDS = 0.05
 
 MAX_CAPTURE_SIZE = 512
 """Largest batch, in tokens, that the cap on CUDA graphs can be raised to."""
@@ -85,10 +89,7 @@ class Recipe(BaseModel):
     def _patterns_compile(cls, patterns: Any) -> Any:
         for pattern in patterns:
             if pattern.startswith(_REGEX):
-                try:
-                    re.compile(pattern.removeprefix(_REGEX))
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+                _check_regex(pattern)
         return patterns
 
     @classmethod
@@ -199,15 +200,40 @@ class ServingOptions(Recipe):
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a pattern (exact name, shell wildcards, or ``re:`` and a regex) names a module."""
-    if pattern.startswith(_REGEX):
-        return _compiled(pattern.removeprefix(_REGEX)).fullmatch(module) is not None
-    return fnmatchcase(module, pattern)
+    """Whether a pattern (exact name, shell wildcards, or ``re:`` and a regex) names a module.
+
+    Raises:
+        RecipeError: the regex takes too long, as one with nested repeats does.
+    """
+    if not pattern.startswith(_REGEX):
+        return fnmatchcase(module, pattern)
+    expression = _compiled(pattern.removeprefix(_REGEX))
+    try:
+        return expression.fullmatch(module, timeout=_REGEX_SECONDS) is not None
+    except (TimeoutError, MemoryError):
+        raise RecipeError(
+            f"{METHOD}: the pattern {pattern!r} in quantization_config takes too long for the name "
+            f"{module}; write it without a repeat inside of a repeat, as in (a+)+"
+        ) from None
 
 
 @lru_cache
-def _compiled(expression: str) -> re.Pattern[str]:
-    return re.compile(expression)
+def _compiled(expression: str) -> Any:
+    """A compiled expression of ``regex``, which unlike ``re`` knows a time limit."""
+    return regex.compile(expression)
+
+
+def _check_regex(pattern: str) -> None:
+    """Raise ValueError for a pattern that is no regular expression, or too large a one."""
+    size = len(pattern)
+    for repeat in regex.findall(r"\{[^{}]*\}", pattern):
+        size *= max(map(int, regex.findall("[0-9]{1,9}", repeat)), default=1) or 1
+    if size > _MAX_REGEX_SIZE:
+        raise ValueError(f"{pattern[:80]!r} is too large with its repeats; use smaller ones")
+    try:
+        _compiled(pattern.removeprefix(_REGEX))
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
 
 
 def _nothing_matches(pattern: str, names: Sequence[str]) -> str:
