@@ -4,7 +4,7 @@
 Knows neither torch tensors nor vLLM: names, dtypes and shapes in, errors or plain data out.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,9 +18,9 @@ from vllm_nanoquant.checkpoint.naming import (
     ZERO_POINT,
     is_routed_expert,
     modules_with_weights,
+    quantized_layout,
 )
-from vllm_nanoquant.quantize.groups import group_count
-from vllm_nanoquant.recipe import METHOD, Recipe, RecipeError
+from vllm_nanoquant.recipe import METHOD, Recipe, RecipeError, Scheme
 from vllm_nanoquant.roles import LayerKind, Role, role_of
 
 FORMAT_KEYS = ("quant_method", "format_version", "producer")
@@ -46,61 +46,113 @@ class Int4Module:
 
     @classmethod
     def from_headers(cls, name: str, tensors: Mapping[str, Any]) -> Self:
-        """Read the headers of one module and hold them against each other.
+        """Describe a module by headers that are as they must be.
 
         Args:
             name: full name of the module, which has a packed weight.
             tensors: ``{"dtype": ..., "shape": [...]}`` by name, for the whole checkpoint.
-
-        Raises:
-            RecipeError: a tensor is missing or its dtype or shape is impossible.
         """
-        for suffix in (SCALE, ZERO_POINT):
-            if name + suffix not in tensors:
-                raise RecipeError(
-                    f"{METHOD}: {name + suffix} is missing beside {name + PACKED}; the checkpoint "
-                    "is incomplete, fetch its files again"
-                )
-        packed, scale = (tensors[name + suffix]["shape"] for suffix in (PACKED, SCALE))
-        groups = scale[0] if len(scale) == 2 else 0
-        rows = packed[1] if len(packed) == 2 else 0
-        # Only the packed weight's first size depends on K; it is held against the model's later.
-        expected = {
-            PACKED: ("U8", [packed[0] if packed else 0, rows]),
-            SCALE: ("BF16", [groups, rows]),
-            ZERO_POINT: ("BF16", [groups, rows]),
-        }
-        for suffix, (dtype, shape) in expected.items():
-            _require(name + suffix, tensors[name + suffix], dtype, shape)
-        ordered = name + ORDER in tensors
-        if ordered:
-            order = tensors[name + ORDER]
-            columns = order["shape"][0] if len(order["shape"]) == 1 else 0
-            allowed = columns if (columns + 1) // 2 == packed[0] else 2 * packed[0]
-            _require(name + ORDER, order, "I32", [allowed])
-        return cls(name, (packed[0], rows), ordered)
+        packed_rows, rows = tensors[name + PACKED]["shape"]
+        return cls(name, (packed_rows, rows), name + ORDER in tensors)
 
 
-def _require_group_size(name: str, tensors: Mapping[str, Any], group_size: int) -> None:
-    """Refuse scales whose number fits neither of the two K that the packed weight can have."""
-    packed_rows, groups = (tensors[name + suffix]["shape"][0] for suffix in (PACKED, SCALE))
-    columns = 2 * packed_rows
-    possible = {group_count(count, group_size) for count in (columns - 1, columns)}
-    if groups not in possible:
+def _require_sound(name: str, tensors: Mapping[str, Any], group_size: int) -> None:
+    """Refuse an int4 module whose headers do not fit each other or the group size."""
+    parts = {
+        suffix: (tensors[name + suffix]["dtype"], tuple(tensors[name + suffix]["shape"]))
+        for suffix in QUANTIZED_SUFFIXES
+        if name + suffix in tensors
+    }
+    for suffix, problem in header_problems(name, parts, group_size):
         raise RecipeError(
-            f"{METHOD}: {name + SCALE} has {groups} groups, and {columns} columns in groups of "
-            f"{group_size} are {max(possible)}: quantization_config in config.json was not written "
-            f"with these weights; fetch both again, or run {_QUANTIZE!r} again"
+            f"{METHOD}: {name + suffix} {problem}. The checkpoint is damaged, or config.json was "
+            f"not written with these weights; fetch both again, or run {_QUANTIZE!r} again"
         )
 
 
-def _require(name: str, header: Mapping[str, Any], dtype: str, shape: Sequence[int]) -> None:
-    found = header["dtype"], list(header["shape"])
-    if found != (dtype, list(shape)) or 0 in shape:
-        raise RecipeError(
-            f"{METHOD}: {name} is {found[0]} {found[1]}; it must be {dtype} {list(shape)}. The "
-            f"checkpoint is damaged or was not written by {_QUANTIZE!r}; fetch or make it again"
-        )
+def header_problems(
+    module: str,
+    parts: Mapping[str, tuple[str, tuple[int, ...]]],
+    group_size: int,
+    columns: int | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Say what is wrong with the headers of one int4 module.
+
+    Args:
+        module: its name.
+        parts: safetensors dtype and shape by suffix; the packed weight is among them.
+        group_size: by config.json.
+        columns: K where it is known; else it is one of the two that the packed weight can have.
+
+    Yields:
+        The tensor's suffix, and what is wrong with it, as the rest of a sentence.
+    """
+    dtype, shape = parts[PACKED]
+    if dtype != "U8" or len(shape) != 2 or 0 in shape:
+        yield PACKED, f"is {dtype} {list(shape)}; it must be U8 [ceil(K / 2), N]"
+        return
+    half, rows = shape
+    order = parts.get(ORDER)
+    if order is not None and order[1] in ((2 * half,), (2 * half - 1,)):
+        columns = columns or order[1][0]
+    possible = (columns,) if columns else (2 * half, 2 * half - 1)
+    layouts = [quantized_layout(rows, count, group_size) for count in possible]
+    for suffix in (SCALE, ZERO_POINT):
+        if suffix not in parts:
+            yield suffix, f"is missing beside {module + PACKED}"
+        elif suffix == SCALE and _differs_in_groups_alone(parts[suffix], layouts):
+            yield (
+                suffix,
+                f"has {parts[suffix][1][0]} groups, and {possible[0]} columns in groups of "
+                f"{group_size} are {layouts[0][suffix][1][0]}",
+            )
+        elif all(parts[suffix] != layout[suffix] for layout in layouts):
+            (found, has), (dtype, shape) = parts[suffix], layouts[0][suffix]
+            yield (
+                suffix,
+                f"is {found} {list(has)}; it must be {dtype} {list(shape)}, as {possible[0]} "
+                f"columns in groups of {group_size} need",
+            )
+    if order is not None and order != ("I32", (possible[0],)):
+        yield ORDER, f"is {order[0]} {list(order[1])}; it must be I32 [{possible[0]}]"
+
+
+def _differs_in_groups_alone(
+    found: tuple[str, tuple[int, ...]], layouts: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether scales are as they must be, but for another number of groups."""
+    (dtype, shape), wanted = found, [layout[SCALE] for layout in layouts]
+    alike = dtype == wanted[0][0] and len(shape) == 2 and shape[1] == wanted[0][1][1]
+    return alike and found not in wanted
+
+
+def int4_schemes(
+    modules: Iterable[str],
+    recipe: Recipe,
+    kinds: Sequence[LayerKind] | None,
+    tied_embeddings: bool,
+) -> dict[str, Scheme]:
+    """Scheme of each module that a checkpoint of ours holds in int4, by name.
+
+    Routed experts stay as they are, and so does an LM head that is the embedding.
+
+    Args:
+        modules: names of the modules that have a weight.
+        recipe: what the weights are quantized by.
+        kinds: kind of each layer, as ``Recipe.scheme`` wants it.
+        tied_embeddings: the LM head shares the embedding's weights.
+
+    Raises:
+        RecipeError: as ``Recipe.scheme``.
+    """
+    found = {}
+    for module in modules:
+        tied = tied_embeddings and role_of(module) is Role.LM_HEAD
+        if tied or is_routed_expert(module):
+            continue
+        if scheme := recipe.scheme(module, kinds):
+            found[module] = scheme
+    return found
 
 
 def require_shape(modules: Sequence[Int4Module], rows: int, columns: int, place: str) -> None:
@@ -171,52 +223,53 @@ def read_modules(
             tensors disagree; the text names the tensor.
     """
     found: dict[str, Int4Module] = {}
-    for module in modules_with_weights(tensors):
-        tied = tied_embeddings and role_of(module) is Role.LM_HEAD
-        scheme = None if tied else recipe.scheme(module, kinds)
-        is_int4, is_dense = module + PACKED in tensors, module + WEIGHT in tensors
-        if is_int4:
-            found[module] = _read_module(module, tensors, is_dense)
-            _refuse_what_cannot_be_served(module, tied, scheme is None, recipe)
+    modules = modules_with_weights(tensors)
+    schemes = int4_schemes(modules, recipe, kinds, tied_embeddings)
+    for module in modules:
+        scheme = schemes.get(module)
+        if module + PACKED not in tensors:
             if scheme is not None:
-                _require_group_size(module, tensors, scheme.group_size)
-        elif scheme is not None and not is_routed_expert(module):
+                raise RecipeError(_should_be_int4(module, recipe))
+            continue
+        if module + WEIGHT in tensors:
             raise RecipeError(
-                f"{METHOD}: {module} should be int4 by config.json ({recipe.in_words}, "
-                f"format_version {FORMAT_VERSION}), but the checkpoint has {module + WEIGHT} and "
-                f"no {module + PACKED}; remove format_version to quantize while loading, or run "
-                f"{_QUANTIZE!r} on the original"
+                f"{METHOD}: the checkpoint has both {module + PACKED} and {module + WEIGHT}; files "
+                "of two checkpoints are mixed in one folder, fetch it again into an empty one"
             )
+        if scheme is None:
+            tied = tied_embeddings and role_of(module) is Role.LM_HEAD
+            raise RecipeError(_cannot_be_int4(module, tied, recipe))
+        _require_sound(module, tensors, scheme.group_size)
+        found[module] = Int4Module.from_headers(module, tensors)
     _refuse_strays(tensors, found)
     return found
 
 
-def _read_module(module: str, tensors: Mapping[str, Any], is_dense: bool) -> Int4Module:
-    if is_dense:
-        raise RecipeError(
-            f"{METHOD}: the checkpoint has both {module + PACKED} and {module + WEIGHT}; files of "
-            "two checkpoints are mixed in one folder, fetch it again into an empty one"
-        )
-    return Int4Module.from_headers(module, tensors)
+def _should_be_int4(module: str, recipe: Recipe) -> str:
+    return (
+        f"{METHOD}: {module} should be int4 by config.json ({recipe.in_words}, "
+        f"format_version {FORMAT_VERSION}), but the checkpoint has {module + WEIGHT} and "
+        f"no {module + PACKED}; remove format_version to quantize while loading, or run "
+        f"{_QUANTIZE!r} on the original"
+    )
 
 
-def _refuse_what_cannot_be_served(module: str, tied: bool, unnamed: bool, recipe: Recipe) -> None:
+def _cannot_be_int4(module: str, tied: bool, recipe: Recipe) -> str:
     if tied:
-        raise RecipeError(
+        return (
             f"{METHOD}: {module + PACKED} is int4, but config.json has tie_word_embeddings true, "
             "so the LM head is the embedding; set it to false, or quantize again without lm_head"
         )
     if is_routed_expert(module):
-        raise RecipeError(
+        return (
             f"{METHOD}: {module + PACKED}: routed experts in int4 cannot be served yet; run "
             f'{_QUANTIZE!r} on the original again with ignore ["*.experts.*"]'
         )
-    if unnamed:
-        raise RecipeError(
-            f"{METHOD}: {module + PACKED} is int4, but by config.json ({recipe.in_words}) {module} "
-            "stays in BF16; quantization_config was not written with these weights, fetch both "
-            f"again, or run {_QUANTIZE!r} again"
-        )
+    return (
+        f"{METHOD}: {module + PACKED} is int4, but by config.json ({recipe.in_words}) {module} "
+        "stays in BF16; quantization_config was not written with these weights, fetch both "
+        f"again, or run {_QUANTIZE!r} again"
+    )
 
 
 def _refuse_strays(tensors: Iterable[str], found: Mapping[str, Int4Module]) -> None:

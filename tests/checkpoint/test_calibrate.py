@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.checkpoint.small import content, weights, write_stock
 from vllm_nanoquant.calibration import stream, text
 from vllm_nanoquant.checkpoint.calibrate import Calibration
-from vllm_nanoquant.checkpoint.errors import UsageError
+from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError
 from vllm_nanoquant.checkpoint.quantize import Request, prepare
 from vllm_nanoquant.checkpoint.verify import verify
 from vllm_nanoquant.quantize.minmax import quantize_minmax
@@ -36,7 +36,7 @@ def calibrated(monkeypatch):
 
     monkeypatch.setattr(stream, "quantize_with_text", quantize_with_text)
     monkeypatch.setattr(text, "load_tokenizer", lambda folder: None)
-    monkeypatch.setattr(text, "load_sequences", lambda *_: [])
+    monkeypatch.setattr(text, "load_sequences", lambda *_: [torch.zeros(200, dtype=torch.int64)])
     return calls
 
 
@@ -91,13 +91,91 @@ def test_another_text_is_another_result(tmp_path, calibrated):
         job_of(tmp_path, tmp_path / "target").run()
 
 
-def test_a_calibration_that_fails_is_the_users_to_mend(tmp_path, monkeypatch):
+def test_the_text_is_judged_before_anything_is_written(tmp_path, monkeypatch):
     def refuse(folder):
         raise text.CalibrationError("there is no tokenizer")
 
     monkeypatch.setattr(text, "load_tokenizer", refuse)
     with pytest.raises(UsageError, match="calibration: there is no tokenizer"):
+        job_of(tmp_path, tmp_path / "target")
+    monkeypatch.setattr(text, "load_tokenizer", lambda folder: None)
+    few = [torch.zeros(64, dtype=torch.int64)] * 2
+    monkeypatch.setattr(text, "load_sequences", lambda *_: few)
+    with pytest.raises(UsageError, match=r"128 tokens in 2 .*out_proj.weight has 130 inputs"):
+        job_of(tmp_path, tmp_path / "target")
+    monkeypatch.undo()
+    (tmp_path / "text.txt").unlink()
+    with pytest.raises(UsageError, match="calibration"):
+        job_of(tmp_path, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_calibration_that_fails_late_can_be_taken_up(tmp_path, calibrated, monkeypatch):
+    job_of(tmp_path, tmp_path / "whole").run()
+    whole = stream.quantize_with_text
+
+    def fails(*arguments):
+        yield next(whole(*arguments))
+        raise text.CalibrationError("layer 1: the Hessian is not finite")
+
+    monkeypatch.setattr(stream, "quantize_with_text", fails)
+    with pytest.raises(UsageError, match=r"not finite\. What is finished stays in the target"):
         job_of(tmp_path, tmp_path / "target").run()
+    assert not (tmp_path / "target/config.json").exists()
+    monkeypatch.setattr(stream, "quantize_with_text", whole)
+    calibrated[:] = []
+    job_of(tmp_path, tmp_path / "target").run()
+    assert len(calibrated) == 2
+    assert content(tmp_path / "target") == content(tmp_path / "whole")
+
+
+def test_a_weight_that_is_not_finite_is_found_before_calibration(tmp_path, calibrated):
+    tensors = weights(wide=32)
+    name = "backbone.layers.1.mixer.down_proj.weight"
+    tensors[name][3, 4] = float("inf")
+    write_stock(tmp_path / "source", tensors)
+    (tmp_path / "text.txt").write_text("It was a dark and stormy night.")
+    with pytest.raises(CheckpointError, match=f"{name}: 1 weights are not finite"):
+        job_of(tmp_path, tmp_path / "target").run()
+    assert calibrated == []
+
+
+def test_a_source_that_changes_during_calibration_is_noticed(tmp_path, calibrated):
+    calibrated[:] = ["stop"]
+    with pytest.raises(KeyboardInterrupt):
+        job_of(tmp_path, tmp_path / "target").run()
+    # Not the file that writing begins with, which is looked at for that.
+    path = sorted((tmp_path / "source").glob("*.safetensors"))[-1]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="the source has changed"):
+        job_of(tmp_path, tmp_path / "target").run()
+
+
+def test_a_calibrated_weight_that_is_damaged_is_named(tmp_path, calibrated):
+    calibrated[:] = ["stop"]
+    with pytest.raises(KeyboardInterrupt):
+        job_of(tmp_path, tmp_path / "target").run()
+    for path in (tmp_path / "target/.nanoquant_calibrated").iterdir():
+        path.write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match="a calibrated weight is damaged"):
+        job_of(tmp_path, tmp_path / "target").run()
+
+
+def test_the_memory_of_calibration(tmp_path, calibrated):
+    job = job_of(tmp_path, tmp_path / "target")
+    stock = {name: tensor.shape for name, tensor in weights(wide=32).items()}
+    # 200 tokens; config.json does not say how wide a hidden state is: the widest input, then.
+    outside = sum(2 * s.numel() for n, s in stock.items() if "layers" not in n)
+    assert job.calibration_bytes == {
+        "hidden states": 2 * 200 * 130,
+        "outside of the layers": outside,
+        "largest layer": sum(2 * s.numel() for n, s in stock.items() if "layers.0." in n),
+        "Hessians": 4 * (32**2 + 130**2),
+        "quantizing": 12 * 130**2 + 20 * 32 * 130,
+    }
+    assert job.peak_bytes >= sum(job.calibration_bytes.values())
 
 
 def test_the_report_of_a_calibrated_checkpoint_names_the_text(tmp_path, calibrated):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole checkpoints of other tools into ours, and ours into `pack-quantized`."""
+"""Whole checkpoints of other tools into ours."""
 
 import hashlib
 import json
@@ -10,81 +10,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.foreign import (
+    AWQ,
+    DOWN,
+    EXPERT,
+    FP8,
+    GATE,
+    UP,
+    awq_checkpoint,
+    convert,
+    fp8_checkpoint,
+    under,
+    write,
+)
 from tests.checkpoint.formats import packers
 from tests.checkpoint.formats.packers import Int4
 from vllm_nanoquant.checkpoint import convert_work
-from vllm_nanoquant.checkpoint.convert import PACK_QUANTIZED, Request, prepare, summary
+from vllm_nanoquant.checkpoint.convert import Request, prepare, summary
 from vllm_nanoquant.checkpoint.convert_plan import recipe_of
 from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError
 from vllm_nanoquant.checkpoint.formats import Converted, FormatError
-from vllm_nanoquant.checkpoint.report import read_report
 from vllm_nanoquant.checkpoint.verify import verify
-from vllm_nanoquant.cli import convert as command
-from vllm_nanoquant.cli import main as command_line
 from vllm_nanoquant.quantize.groups import QuantizedWeight
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import Recipe
-
-LAYER = "model.layers.0.mlp."
-UP, DOWN = LAYER + "up_proj", LAYER + "down_proj"
-EXPERT = LAYER + "experts.3.up_proj"
-GATE = LAYER + "gate"
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
-FP8 = {"quant_method": "modelopt", "quant_algo": "FP8"}
-
-
-def write(folder, options, *parts, **config):
-    """A checkpoint of one file, or of several and an index."""
-    folder.mkdir()
-    if options is not None:
-        config["quantization_config"] = options
-    (folder / "config.json").write_text(json.dumps({"model_type": "x", **config}))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "modeling_x.py").write_text("raise SystemExit")
-    names = ["model.safetensors"]
-    if len(parts) > 1:
-        names = [f"model-{i}.safetensors" for i in range(len(parts))]
-        weight_map = {t: n for n, part in zip(names, parts, strict=True) for t in part}
-        index = {"metadata": {}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name, part in zip(names, parts, strict=True):
-        save_file({key: tensor.clone() for key, tensor in part.items()}, folder / name)
-    return folder
-
-
-def under(module, tensors):
-    return {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
-
-
-def awq_checkpoint(folder, **config):
-    tensors = {
-        "model.embed_tokens.weight": torch.ones(4, 8, dtype=torch.float16),
-        "model.norm.weight": torch.ones(8, dtype=torch.float16),
-        f"{UP}.bias": torch.ones(8, dtype=torch.float16),
-        **under(UP, packers.awq(Int4(8, 64, 32, seed=1))),
-        **under(DOWN, packers.awq(Int4(16, 96, 32, seed=2, dtype=torch.float16))),
-        **under(EXPERT, packers.awq(Int4(8, 64, 32, seed=3))),
-        **under(GATE, packers.awq(Int4(8, 64, 32, seed=4))),
-    }
-    return write(folder, AWQ, tensors, **config)
-
-
-def fp8_checkpoint(folder):
-    values = torch.randn((24, 200), generator=torch.Generator().manual_seed(0))
-    weight = (100 * values).to(torch.float8_e4m3fn)
-    tensors = {
-        "model.norm.weight": torch.ones(8).bfloat16(),
-        f"{DOWN}.weight": torch.ones(4, 8).bfloat16(),
-    }
-    for module in (UP, EXPERT, GATE):
-        scales = {"weight_scale": torch.tensor(0.01), "input_scale": torch.tensor(1.0)}
-        tensors |= under(module, {"weight": weight, **scales})
-    return write(folder, FP8, tensors), (weight.float() * torch.tensor(0.01)).bfloat16()
-
-
-def convert(source, target, **options):
-    job = prepare(Request(str(source), source, target, **options))
-    return job.run()
 
 
 def stored(folder):
@@ -188,7 +137,7 @@ def test_redhelix(tmp_path, indexed):
 
 def test_fp8_is_quantized_again_and_the_second_error_reported(tmp_path):
     source, dense = fp8_checkpoint(tmp_path / "a")
-    report = convert(source, tmp_path / "b", group_size=64)
+    report = convert(source, tmp_path / "b", group_size=64, algorithm="minmax")
     tensors, _ = stored(tmp_path / "b")
     wanted = quantize_minmax(dense, 64)
     assert torch.equal(tensors[f"{UP}.weight_packed"], wanted.packed)
@@ -230,7 +179,7 @@ def test_an_interrupted_run_is_taken_up(tmp_path, monkeypatch):
     assert files(tmp_path / "b") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("other", [{"algorithm": "mse"}, {"group_size": 32},
+@pytest.mark.parametrize("other", [{"algorithm": "minmax"}, {"group_size": 32},
                                    {"max_shard_bytes": 5000}])  # fmt: skip
 def test_another_request_is_not_done(tmp_path, other):
     source, _ = fp8_checkpoint(tmp_path / "a")
@@ -326,53 +275,6 @@ def test_nothing_that_we_serve_in_int4(tmp_path):
         convert(source, tmp_path / "b")
 
 
-def test_only_ours_becomes_pack_quantized(tmp_path):
-    with pytest.raises(UsageError, match="convert it to ours first"):
-        convert(awq_checkpoint(tmp_path / "a"), tmp_path / "b", to=PACK_QUANTIZED)
-
-
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_pack_quantized_there_and_back(tmp_path, symmetric):
-    theirs = {
-        "model.norm.weight": torch.ones(8).bfloat16(),
-        "lm_head.weight": torch.ones(4, 8).bfloat16(),
-    }
-    for module, w in ((UP, Int4(8, 64, 32, seed=1, symmetric=symmetric)),
-                      (DOWN, Int4(16, 96, 32, seed=2, symmetric=symmetric))):  # fmt: skip
-        theirs |= under(module, packers.pack_quantized(w, symmetric=symmetric))
-    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group",
-               "group_size": 32}  # fmt: skip
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    options = {"quant_method": "compressed-tensors", "config_groups": groups}
-    convert(write(tmp_path / "a", options, theirs), tmp_path / "b")
-    convert(tmp_path / "b", tmp_path / "c", to=PACK_QUANTIZED)
-    found = load_file(tmp_path / "c" / "model.safetensors")
-    assert sorted(found) == sorted(theirs)
-    assert all(torch.equal(found[name], theirs[name]) for name in theirs)
-    config = json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]
-    group = config["config_groups"]["group_0"]
-    assert group["weights"].items() >= weights.items()
-    assert config["ignore"] == ["lm_head"]
-    assert read_report(tmp_path / "c")["quantization_config"] == config
-
-
-def test_our_own_zero_points_cannot_be_pack_quantized(tmp_path):
-    source, _ = fp8_checkpoint(tmp_path / "a")
-    convert(source, tmp_path / "b", group_size=-1)
-    with pytest.raises(FormatError, match=r"zero points of .*up_proj are not whole numbers"):
-        convert(tmp_path / "b", tmp_path / "c", to=PACK_QUANTIZED)
-    assert not (tmp_path / "c").exists()
-
-
-def test_a_ragged_group_cannot_be_pack_quantized(tmp_path):
-    w = Int4(8, 80, 32)
-    options = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
-    source = write(tmp_path / "a", options, under(UP, packers.gptq(w, less_one=True)))
-    convert(source, tmp_path / "b")
-    with pytest.raises(FormatError, match=r"up_proj has 80 inputs"):
-        convert(tmp_path / "b", tmp_path / "c", to=PACK_QUANTIZED)
-
-
 leaves = st.sampled_from(["in_proj", "up_proj", "o_proj", "experts.1.up_proj", "gate", "norm"])
 modules = st.builds("m.layers.{}.{}".format, st.integers(0, 9), leaves)
 int4_leaves = st.sampled_from(["in_proj", "out_proj", "up_proj", "q_proj", "o_proj"])
@@ -400,38 +302,23 @@ def test_a_name_that_would_be_a_pattern():
         recipe_of({"m.*.up_proj": 32}, [], "minmax")
 
 
-@pytest.fixture
-def run(monkeypatch):
-    if command not in command_line._COMMANDS:
-        monkeypatch.setattr(command_line, "_COMMANDS", (*command_line._COMMANDS, command))
-    return lambda *arguments: command_line.main(["convert", *map(str, arguments)])
+ATTENTION = "model.layers.0.self_attn."
+Q, K, V = (f"{ATTENTION}{part}_proj" for part in "qkv")
 
 
-def test_the_command(tmp_path, run, capsys):
-    source = awq_checkpoint(tmp_path / "a")
-    assert run(source, tmp_path / "b", "--max-shard-size", "1MB") == 0
-    told = capsys.readouterr()
-    assert "2 weights that the source holds quantized become BF16" in told.err
-    text = told.out
-    assert "2 weights taken over as they are, 0 quantized again" in text
-    assert "scales were rounded to bf16" in text
-    assert f"vllm serve {tmp_path / 'b'}" in text
-    assert run(source, tmp_path / "b", "--json", "--max-shard-size", "1MB") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["done_before"] and result["int4"] == 2
-
-
-def test_the_command_warns_of_a_second_error(tmp_path, run, capsys):
-    source, _ = fp8_checkpoint(tmp_path / "a")
-    assert run(source, tmp_path / "b", "--algorithm", "mse") == 0
-    told = capsys.readouterr()
-    assert "warning: 1 weights are not int4 in the source and are quantized again" in told.err
-    assert "mean relative error 0." in told.out
-
-
-def test_exit_statuses(tmp_path, run, capsys):
-    assert run(tmp_path / "none", tmp_path / "b") == 2
-    source = write(tmp_path / "a", AWQ, {f"{UP}.qweight": torch.ones(2, 2).int()})
-    assert run(source, tmp_path / "b") == 1
-    assert "up_proj' has qweight but not scales" in capsys.readouterr().err
-    assert run(source, source / "inside") == 2
+@pytest.mark.parametrize("left", ["dense", "of another group size"])
+def test_projections_that_are_served_as_one_and_stored_in_two_ways(tmp_path, left):
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False}
+    settings["dynamic"] = {"+:.*v_proj": {"group_size": 64}}
+    tensors = {}
+    for module in (Q, K):
+        tensors |= under(module, packers.gptq(Int4(8, 64, 32), less_one=True))
+    tensors |= (
+        {f"{V}.weight": torch.ones(8, 64).bfloat16()}
+        if left == "dense"
+        else under(V, packers.gptq(Int4(8, 64, 64), less_one=True))
+    )
+    source = write(tmp_path / "a", settings, tensors)
+    with pytest.raises(UsageError, match=r"v_proj are served as one product.*unquantized model"):
+        convert(source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import hashlib
 import json
 import os
@@ -277,8 +278,8 @@ def test_two_runs_at_once_are_refused(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_nanoquant.checkpoint.quantize.free_bytes", lambda _: 1000)
-    with pytest.raises(UsageError, match=r"its disk has 0\.00 GB left"):
+    monkeypatch.setattr("vllm_nanoquant.checkpoint.job.free_bytes", lambda _: 1000)
+    with pytest.raises(UsageError, match=r"its disk has 0\.0 MB left"):
         quantize(write_stock(tmp_path / "source"), tmp_path / "target")
 
 
@@ -297,3 +298,34 @@ def test_a_weight_of_a_dtype_that_cannot_be_quantized(tmp_path):
     source = write_stock(tmp_path / "source", tensors)
     with pytest.raises(CheckpointError, match=r"in_proj.weight: F8_E4M3 weights cannot"):
         quantize(source, tmp_path / "target")
+
+
+def test_offline_the_default_is_the_search_and_config_says_so(tmp_path):
+    source = write_stock(tmp_path / "source")
+    report = prepare(Request(str(source), source, tmp_path / "target")).run()
+    quantization = json.loads((tmp_path / "target/config.json").read_text())["quantization_config"]
+    assert quantization["algorithm"] == "mse"
+    assert {record["algorithm"] for record in report["tensors"].values()} == {"mse"}
+    assert Recipe().algorithm == "minmax"
+    quantize(source, tmp_path / "plain")
+    plain = json.loads((tmp_path / "plain/config.json").read_text())["quantization_config"]
+    assert plain["algorithm"] == "minmax"
+
+
+def test_a_full_disk_leaves_what_can_be_taken_up(tmp_path, monkeypatch):
+    source, target = write_stock(tmp_path / "source"), tmp_path / "target"
+    quantize(source, tmp_path / "whole")
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        quantize(source, target)
+    assert not (target / "config.json").exists()
+    quantize(source, target)
+    assert content(target) == content(tmp_path / "whole")

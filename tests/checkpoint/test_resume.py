@@ -5,12 +5,13 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.small import content, weights, write_stock
-from vllm_nanoquant.checkpoint import quantize as module
 from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError
 from vllm_nanoquant.checkpoint.quantize import Request, prepare
 from vllm_nanoquant.recipe import Recipe
@@ -37,7 +38,10 @@ def run(target, die_at=None):
     count = 0
     def watch(frame, event, function):
         nonlocal count
-        if event == "c_call" and function.__name__ in CHANGES:
+        if event != "c_call" or function.__name__ not in CHANGES:
+            return
+        # Asking for a package's version parses text, with functions of these names.
+        if not any(part in frame.f_code.co_filename for part in ("email", "metadata", "zipfile")):
             count += 1
             if count == die_at:
                 os._exit(9)
@@ -72,23 +76,34 @@ def job_of(source, target, **recipe):
     return prepare(Request(str(source), source, target, Recipe.parse(recipe), SHARD_BYTES))
 
 
+@pytest.fixture
+def memory_folder():
+    """A folder in memory where there is one: what a kill leaves does not depend on the disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
+        yield Path(name)
+
+
 @pytest.mark.slow
-def test_killed_at_every_change_of_the_disk_the_result_is_the_same(tmp_path):
-    few = {k: v for k, v in weights(wide=32).items() if "layers.2" not in k and "norm" not in k}
-    source = write_stock(tmp_path / "source", few)
-    job_of(source, tmp_path / "whole").run()
-    expected = content(tmp_path / "whole")
+def test_killed_at_every_change_of_the_disk_the_result_is_the_same(memory_folder):
+    # A file with one tensor that is copied, and a file with two that are quantized.
+    few = ("embeddings.weight", "in_proj.weight", "out_proj.weight")
+    tensors = {name: tensor for name, tensor in weights(wide=32).items() if name.endswith(few)}
+    source, shard_bytes = write_stock(memory_folder / "source", tensors), 4000
+    whole, killed = memory_folder / "whole", memory_folder / "killed"
+    prepare(Request(str(source), source, whole, Recipe(), shard_bytes)).run()
+    expected = content(whole)
     assert sum(name.endswith(".safetensors") for name in expected) == 2
-    (tmp_path / "killed").mkdir()
-    command = [sys.executable, "-c", DIE_ANYWHERE]
-    command += [str(source), str(tmp_path / "killed"), str(SHARD_BYTES)]
+    killed.mkdir()
+    command = [sys.executable, "-c", DIE_ANYWHERE, str(source), str(killed), str(shard_bytes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     deaths = int(done.stdout)
-    # A write, a flush and a line of the journal for each of 8 tensors at the least.
+    # For each of 3 tensors a write, a flush, a line of the journal and a flush; for each of 7 files
+    # what it takes to make them durable.
     assert deaths > 60
     for death in range(deaths + 1):
-        assert content(tmp_path / "killed" / str(death)) == expected, death
+        assert content(killed / str(death)) == expected, death
 
 
 @pytest.mark.slow
@@ -149,13 +164,12 @@ def test_without_config_and_index_until_the_end(begun):
 def test_finished_tensors_are_not_made_again(begun, monkeypatch):
     source, target = begun
     made = []
-    original = module._Work.produce
-    monkeypatch.setattr(
-        module._Work, "produce", lambda self, step: made.append(step.key) or original(self, step)
-    )
     job = job_of(source, target)
+    original = job.source.chunks, job.source.load
+    for name, function in zip(("chunks", "load"), original, strict=True):
+        monkeypatch.setattr(job.source, name, lambda key, f=function: made.append(key) or f(key))
     job.run()
-    assert made == [step.key for step in job.plan.steps][-6:]
+    assert made == [step.key for step in job.steps][-6:]
 
 
 def test_bytes_that_were_lost_are_made_again(begun, tmp_path):

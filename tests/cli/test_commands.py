@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,26 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.checkpoint.formats import packers
 from tests.checkpoint.small import content, weights, write_stock
 from vllm_nanoquant import __version__
 from vllm_nanoquant.cli.main import main
 from vllm_nanoquant.cli.output import size_option
 from vllm_nanoquant.cli.quantize import override_option
-
-
-@pytest.fixture
-def source(tmp_path):
-    return write_stock(tmp_path / "source", _name_or_path="maker/model")
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output, standard error."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def as_process(*arguments, **options):
@@ -48,90 +33,54 @@ def test_importing_the_command_line_is_quick_and_brings_in_nothing_large():
     assert found.stdout == "[]\n"
 
 
-def test_version_and_help(capsys):
-    assert run(capsys, "--version") == (0, f"nanoquant {__version__}\n", "")
+def test_version_and_help(run):
+    assert run("--version") == (0, f"nanoquant {__version__}\n", "")
     for command in ("quantize", "convert", "verify", "inspect", "card"):
-        status, out, _ = run(capsys, command, "--help")
+        status, out, _ = run(command, "--help")
         assert status == 0
         assert f"examples:\n  nanoquant {command} " in out
     with as_process("--version") as process:
         assert process.stdout.read() == f"nanoquant {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        ([], "required: COMMAND"),
-        (["magic"], "invalid choice: 'magic'"),
-        (["quantize", "SRC"], "required: DST"),
-        (["quantize", "nothing", "DST"], "'nothing' is not a folder that exists, nor a model"),
-        (["quantize", "./nothing", "DST"], "'./nothing' is not a folder that exists"),
-        (["quantize", "SRC", "SRC"], "is the source, in it or around it"),
-        (["quantize", "SRC", "DST", "--preset", "fast"], "preset = 'fast'"),
-        (["quantize", "SRC", "DST", "--group-size", "48"], "group_size = 48"),
-        (["quantize", "SRC", "DST", "--algorithm", "magic"], "algorithm = 'magic'"),
-        (["quantize", "SRC", "DST", "--algorithm", "gptq"], "--calibration-text FILE belong"),
-        (["quantize", "SRC", "DST", "--calibration-text", "x"], "--calibration-text FILE belong"),
-        (["quantize", "SRC", "DST", "--ignore", "*.inproj"], "'*.inproj'"),
-        (["quantize", "SRC", "DST", "--override", "lm_head=8"], "lm_head.bits = 8"),
-        (["quantize", "SRC", "DST", "--override", "lm_head"], "is not of the form PATTERN=4/32"),
-        (["quantize", "SRC", "DST", "--max-shard-size", "big"], "is not a size like 4.5GB"),
-        (["quantize", "SRC", "DST", "--device", "abacus"], "has no such device"),
-        (["quantize", "SRC", "DST", "--device", "meta"], "has no such device"),
-        (["quantize", "SRC", "DST", "--revision", "main"], "--revision main is for models"),
-        (["verify", "nothing"], "nothing is not a folder"),
-        (["inspect", "./nothing"], "'./nothing' is not a folder that exists"),
-        (["card", "SRC"], "has no nanoquant_report.json"),
-    ],
-)
-def test_wrong_usage(capsys, source, tmp_path, monkeypatch, arguments, text):
-    monkeypatch.chdir(tmp_path)
-    places = {"SRC": source, "DST": tmp_path / "target"}
-    status, out, err = run(capsys, *(places.get(each, each) for each in arguments))
-    assert (status, out) == (2, "")
-    assert text in err
-    assert "Traceback" not in err
-    assert not (tmp_path / "target").exists()
-
-
-def test_the_whole_way(capsys, source, tmp_path):
+def test_the_whole_way(run, source, tmp_path):
     target = tmp_path / "target"
     recipe = ["--preset", "full", "--ignore", "lm_head", "--override", "*.down_proj=4/32"]
-    status, out, err = run(capsys, "quantize", source, target, *recipe, "--group-size", 64)
+    status, out, err = run("quantize", source, target, *recipe, "--group-size", 64)
     assert status == 0
     assert f"vllm serve {target}" in out
     assert "quantize: 100%" in err
     before = content(target)
-    status, out, _ = run(capsys, "quantize", source, target, *recipe, "--group-size", 64)
+    status, out, _ = run("quantize", source, target, *recipe, "--group-size", 64)
     assert (status, content(target)) == (0, before)
     assert "complete already" in out
 
-    status, out, _ = run(capsys, "verify", target, "--against", source)
+    status, out, _ = run("verify", target, "--against", source)
     assert status == 0
     assert f"{target}: sound, " in out
     assert "backbone.layers.0.mixer.in_proj.weight" in out
 
-    status, out, _ = run(capsys, "inspect", target)
+    status, out, _ = run("inspect", target)
     assert status == 0
     lines = {tuple(line.split()[:3]) for line in out.splitlines()}
     assert {("mamba", "int4", "g64"), ("mlp", "int4", "g32"), ("attention", "int4", "g64")} <= lines
 
     result = tmp_path / "result.json"
     result.write_text(json.dumps({"device": "abacus", "results": {"a": {"perplexity": 7.25}}}))
-    assert run(capsys, "card", target, "--results", result)[0] == 0
+    assert run("card", target, "--results", result)[0] == 0
     card = (target / "README.md").read_text()
     assert card.startswith('---\nlicense: "other"\nlicense_link: "LICENSE"\n')
     assert 'base_model: "maker/model"\n' in card
     assert "| a, perplexity | 7.25 |" in card
     assert "on abacus" in card
-    assert run(capsys, "verify", target)[0] == 0
+    assert run("verify", target)[0] == 0
 
 
-def test_json_on_every_command(capsys, source, tmp_path):
+def test_json_on_every_command(run, source, tmp_path):
     target = tmp_path / "target"
 
     def result(*arguments):
-        status, out, _ = run(capsys, *arguments, "--json")
+        status, out, _ = run(*arguments, "--json")
         assert status == 0
         return json.loads(out)
 
@@ -150,37 +99,37 @@ def test_json_on_every_command(capsys, source, tmp_path):
     assert Path(result("card", target)["card"]).is_file()
 
 
-def test_a_dry_run_writes_nothing_and_says_what_it_would(capsys, source, tmp_path):
-    status, out, _ = run(capsys, "quantize", source, tmp_path / "target", "--dry-run")
+def test_a_dry_run_writes_nothing_and_says_what_it_would(run, source, tmp_path):
+    status, out, _ = run("quantize", source, tmp_path / "target", "--dry-run")
     assert status == 0
-    for text in ("mamba", "int4 g128, minmax", "disk", "memory", "time", "nothing was written"):
+    for text in ("mamba", "int4 g128, mse", "disk", "memory", "time", "nothing was written"):
         assert text in out
     assert not (tmp_path / "target").exists()
 
 
-def test_damage_is_status_1_with_one_line_each(capsys, source, tmp_path):
+def test_damage_is_status_1_with_one_line_each(run, source, tmp_path):
     target = tmp_path / "target"
-    run(capsys, "quantize", source, target)
+    run("quantize", source, target)
     (target / "tokenizer.json").write_text("{}")
-    status, out, _ = run(capsys, "verify", target)
+    status, out, _ = run("verify", target)
     assert status == 1
     assert "problem: tokenizer.json: its SHA-256 is not the one" in out
-    status, out, _ = run(capsys, "verify", target, "--json")
+    status, out, _ = run("verify", target, "--json")
     assert status == 1
     assert json.loads(out)["sound"] is False
     (target / "model.safetensors").write_bytes(b"1234")
-    status, _, err = run(capsys, "inspect", target)
+    status, _, err = run("inspect", target)
     assert status == 1
     assert err.startswith("nanoquant: error: model.safetensors: 4 bytes are too few")
 
 
-def test_a_card_takes_over_the_licence_and_nothing_that_acts(capsys, source, tmp_path):
+def test_a_card_takes_over_the_licence_and_nothing_that_acts(run, source, tmp_path):
     (source / "README.md").write_text(
         "---\nlicense: other\nlicense_name: '<script>|`fine'\nlanguage: [en, de]\ntags: [x]\n"
         "base_model: 'a\\nb: c'\npipeline_tag: {a: b}\n---\n# <script>\n"
     )
-    run(capsys, "quantize", source, tmp_path / "target")
-    run(capsys, "card", tmp_path / "target")
+    run("quantize", source, tmp_path / "target")
+    run("card", tmp_path / "target")
     import yaml
 
     card = (tmp_path / "target/README.md").read_text()
@@ -193,36 +142,74 @@ def test_a_card_takes_over_the_licence_and_nothing_that_acts(capsys, source, tmp
     assert "<script>" not in card.split("---\n")[2]
 
 
-def test_a_front_matter_that_is_hostile(capsys, source, tmp_path):
+def test_a_front_matter_that_is_hostile(run, source, tmp_path):
     levels = [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)]
     bomb = "\n".join(["l0: &l0 [x]", *levels, "license: *l29"])
     (source / "README.md").write_text(f"---\n{bomb}\n---\n")
-    assert run(capsys, "quantize", source, tmp_path / "target")[0] == 0
+    assert run("quantize", source, tmp_path / "target")[0] == 0
     (source / "README.md").write_text("---\n!!python/object/apply:os.abort []\n---\n")
-    assert run(capsys, "quantize", source, tmp_path / "again")[0] == 0
+    assert run("quantize", source, tmp_path / "again")[0] == 0
 
 
-def test_the_hub_cache_without_a_network(capsys, source, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    revision = "0" * 40
-    snapshot = tmp_path / f"hub/models--maker--model/snapshots/{revision}"
-    snapshot.parent.mkdir(parents=True)
-    source.rename(snapshot)
-    refs = tmp_path / "hub/models--maker--model/refs"
-    refs.mkdir()
-    (refs / "main").write_text(revision)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Puts a folder into a cache of the Hub, which cannot be reached; notes what is asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     import huggingface_hub
 
-    original = huggingface_hub.snapshot_download
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download",
-        lambda *a, **k: original(*a, **k, cache_dir=str(tmp_path / "hub")),
-    )
-    status, _, err = run(capsys, "quantize", "maker/model", tmp_path / "target")
+    original, patterns = huggingface_hub.snapshot_download, []
+
+    def download(*arguments, allow_patterns, **options):
+        patterns[:] = allow_patterns
+        cache = str(tmp_path / "hub")
+        return original(*arguments, **options, allow_patterns=allow_patterns, cache_dir=cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    def put(folder, name):
+        revision = "0" * 40
+        model = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (model / "snapshots").mkdir(parents=True)
+        folder.rename(model / "snapshots" / revision)
+        (model / "refs").mkdir()
+        (model / "refs/main").write_text(revision)
+        return patterns
+
+    return put
+
+
+def test_the_hub_cache_without_a_network(run, source, tmp_path, hub):
+    hub(source, "maker/model")
+    status, _, err = run("quantize", "maker/model", tmp_path / "target")
     assert status == 0, err
     report = json.loads((tmp_path / "target/nanoquant_report.json").read_text())
     assert report["source"]["base_model"] == "maker/model"
+
+
+SIDE_FILES = {
+    "quantize_config.json": ({"bits": 4, "group_size": 32, "sym": False}, packers.gptq),
+    "quant_config.json": ({"w_bit": 4, "q_group_size": 32, "zero_point": True}, packers.awq),
+}
+
+
+@pytest.mark.parametrize("file", SIDE_FILES)
+def test_settings_in_files_of_their_own_come_from_the_hub_too(run, tmp_path, hub, file):
+    settings, pack = SIDE_FILES[file]
+    module = "model.layers.0.mlp.up_proj"
+    options = {"less_one": True} if pack is packers.gptq else {}
+    stored = pack(packers.Int4(8, 64, 32), **options)
+    tensors = {f"{module}.{suffix}": tensor for suffix, tensor in stored.items()}
+    folder = write_stock(tmp_path / "s", tensors, 1, hybrid_override_pattern=None)
+    (folder / file).write_text(json.dumps(settings))
+    patterns = hub(folder, "maker/other")
+    status, out, err = run("inspect", "maker/other")
+    assert status == 0, err
+    assert "which `nanoquant convert` reads" in out
+    # What is asked of the Hub where it can be reached.
+    assert {"quantization_config.json", "hf_quant_config.json", *SIDE_FILES} <= set(patterns)
+    status, _, err = run("quantize", "maker/other", tmp_path / "t")
+    assert (status, f"quantized already: it has a {file}" in err) == (2, True)
+    assert run("convert", "maker/other", tmp_path / "t")[0] == 0
 
 
 @pytest.mark.slow
@@ -242,22 +229,6 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     assert not (target / "config.json").exists()
     assert main(["quantize", str(source), str(target)]) == 0
     assert main(["verify", str(target), "--against", str(source)]) == 0
-
-
-def test_a_closed_pipe_is_no_error(source):
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "vllm_nanoquant", "inspect", str(source)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
-    os.close(writing)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_folder_that_cannot_be_written_is_named(capsys, source, tmp_path):
-    (tmp_path / "file").write_text("")
-    status, _, err = run(capsys, "quantize", source, tmp_path / "file/target")
-    assert status in (1, 2)
-    assert str(tmp_path / "file") in err
 
 
 MEASURED = """
@@ -301,7 +272,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, preset):
     assert sum(path.stat().st_size for path in target.iterdir()) > 2 * largest
 
 
-def test_foreign_formats_are_named(capsys, tmp_path):
+def test_foreign_formats_are_named(run, tmp_path):
     tensors = {
         "model.layers.0.mlp.up_proj.qweight": torch.zeros(64, 8, dtype=torch.int32),
         "model.layers.0.mlp.up_proj.qzeros": torch.zeros(1, 8, dtype=torch.int32),
@@ -309,15 +280,15 @@ def test_foreign_formats_are_named(capsys, tmp_path):
     }
     settings = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
     folder = write_stock(tmp_path / "s", tensors, 1, {"quantization_config": settings})
-    status, out, _ = run(capsys, "inspect", folder)
+    status, out, _ = run("inspect", folder)
     assert status == 0
     assert "awq, which `nanoquant convert` reads" in out
-    status, _, err = run(capsys, "quantize", folder, tmp_path / "t")
+    status, _, err = run("quantize", folder, tmp_path / "t")
     assert status == 2
     assert "'awq'" in err
     assert "nanoquant convert" in err
     save_file({"x": torch.ones(1)}, folder / "model.safetensors")
-    assert run(capsys, "inspect", folder)[0] in (0, 1)
+    assert run("inspect", folder)[0] in (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vllm_nanoquant.checkpoint.errors import UsageError
+from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
+from vllm_nanoquant.checkpoint.journal import Journal
+from vllm_nanoquant.checkpoint.plan import Step
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.report import file_entry
+from vllm_nanoquant.checkpoint.source import text_config
 from vllm_nanoquant.files import durable
 from vllm_nanoquant.quantize.groups import QuantizedWeight
 from vllm_nanoquant.recipe import Recipe
+from vllm_nanoquant.roles import layer_index
 
 _FOLDER = ".nanoquant_calibrated"
+
+
+_LOOKED_AT = "every weight is finite"
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,80 @@ class Calibration:
         return f"{file_entry(self.text)['sha256']} {self.samples} {self.length}"
 
 
+def read_sequences(
+    source: Checkpoint, steps: Iterable[Step], calibration: Calibration
+) -> list[torch.Tensor]:
+    """Read the text and judge it, before anything is written.
+
+    Args:
+        source: the stock checkpoint, whose tokenizer is used.
+        steps: what will be written.
+        calibration: the text.
+
+    Returns:
+        Sequences, int64 [tokens] each.
+
+    Raises:
+        UsageError: the text or the tokenizer cannot be read, or there is too little text.
+    """
+    # Not at the top: transformers is needed for nothing else, and slow to import.
+    from vllm_nanoquant.calibration.text import CalibrationError, load_sequences, load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(source.folder)
+        sequences = load_sequences(
+            calibration.text, tokenizer, calibration.samples, calibration.length
+        )
+    except CalibrationError as error:
+        raise UsageError(f"calibration: {error}") from error
+    tokens = sum(map(len, sequences))
+    widest = max((s for s in steps if s.is_int4), key=lambda step: step.source.shape[1])
+    if tokens < widest.source.shape[1]:
+        raise UsageError(
+            f"calibration: {printable(str(calibration.text))} gives {tokens} tokens in "
+            f"{len(sequences)} sequences; {printable(widest.key)} has {widest.source.shape[1]} "
+            "inputs and needs at least as many tokens (some hundred thousand are usual): give more "
+            "text, more samples or longer ones"
+        )
+    return sequences
+
+
+def calibration_bytes(source: Checkpoint, steps: Iterable[Step], tokens: int) -> dict[str, int]:
+    """Estimate of the memory that calibration takes beyond torch itself, by what it is for.
+
+    Hidden states are BF16, 2 x tokens x hidden size. In a layer with its weights in BF16, each
+    linear has a Hessian, 4 K^2 bytes, and one at a time is quantized, 12 K^2 + 20 N K bytes.
+    What a layer needs while it runs is not in it.
+
+    Args:
+        source: the stock checkpoint.
+        steps: what will be written.
+        tokens: of all sequences together.
+    """
+    linears: dict[int | None, list[tuple[int, ...]]] = defaultdict(list)
+    weights: Counter[int | None] = Counter()
+    for step in steps:
+        # Embedding, final norm and LM head count as one more layer.
+        layer = layer_index(step.key)
+        weights[layer] += 2 * step.source.numel
+        if step.is_int4:
+            linears[layer].append(step.source.shape)
+    config = text_config(source.config)
+    hidden = config.get("hidden_size")
+    if type(hidden) is not int:
+        hidden = max(columns for shapes in linears.values() for _, columns in shapes)
+    outside = weights.pop(None, 0)
+    return {
+        "hidden states": 2 * tokens * hidden,
+        "outside of the layers": outside,
+        "largest layer": max(weights.values(), default=0),
+        "Hessians": max(sum(4 * k * k for _, k in shapes) for shapes in linears.values()),
+        "quantizing": max(
+            12 * k * k + 20 * n * k for shapes in linears.values() for n, k in shapes
+        ),
+    }
+
+
 class CalibratedWeights:
     """The weights of one target that GPTQ makes, on disk; calibrated when the first is missing."""
 
@@ -59,7 +142,7 @@ class CalibratedWeights:
         target: Path,
         source: Checkpoint,
         recipe: Recipe,
-        calibration: Calibration,
+        sequences: Sequence[torch.Tensor],
         device: torch.device,
     ) -> None:
         """Prepare; nothing is read or written yet.
@@ -68,21 +151,41 @@ class CalibratedWeights:
             target: where the folder of results is.
             source: the stock checkpoint.
             recipe: which modules.
-            calibration: the text.
+            sequences: the text, as `read_sequences` gives it.
             device: where layers are run and quantized.
         """
         self._folder = target / _FOLDER
         self._source = source
         self._recipe = recipe
-        self._calibration = calibration
+        self._sequences = sequences
         self._device = device
         self._is_complete = False
+
+    def check_weights(self, steps: Iterable[Step], journal: Journal) -> None:
+        """Look at every weight that will be int4 once, before hours go by.
+
+        Raises:
+            CheckpointError: one is not finite.
+        """
+        if journal.get(_LOOKED_AT) is not None:
+            return
+        for step in steps:
+            if not step.is_int4:
+                continue
+            bad = int((~torch.isfinite(self._source.load(step.key))).sum())
+            if bad:
+                raise CheckpointError(
+                    f"{at(self._source.file_of(step.key), step.key)}: {bad} weights are not finite "
+                    "(NaN or infinite); the checkpoint is damaged, fetch its files again"
+                )
+        journal.add(_LOOKED_AT, {})
 
     def get(self, module: str) -> QuantizedWeight | None:
         """The weight of a module; None for one that calibration does not reach.
 
         Raises:
-            UsageError: the text, the tokenizer or the model does not do.
+            UsageError: the model cannot be calibrated, or not with this text.
+            CheckpointError: a finished weight on disk is damaged.
         """
         found = self._read(module)
         if found is None and not self._is_complete:
@@ -103,29 +206,34 @@ class CalibratedWeights:
         path = self._path(module)
         if not path.exists():
             return None
-        tensors = load_file(path)
-        group_size, in_features = tensors.pop("sizes").tolist()
-        return QuantizedWeight(**tensors, group_size=group_size, in_features=in_features)
+        try:
+            tensors = load_file(path)
+            group_size, in_features = tensors.pop("sizes").tolist()
+            return QuantizedWeight(**tensors, group_size=group_size, in_features=in_features)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{_FOLDER}/{at(path)}: a calibrated weight is damaged ({printable(str(error))}); "
+                "remove this file and run the same command again"
+            ) from None
 
     def _calibrate(self) -> None:
         # Not at the top: transformers is needed for nothing else, and slow to import.
         from vllm_nanoquant.calibration.stream import CalibrationSettings, quantize_with_text
-        from vllm_nanoquant.calibration.text import CalibrationError, load_sequences, load_tokenizer
+        from vllm_nanoquant.calibration.text import CalibrationError
 
         self._folder.mkdir(exist_ok=True)
-        source = self._source
-        text = self._calibration
+        settings = CalibrationSettings(device=self._device)
+        load: Callable[[str], torch.Tensor] = self._source.load
         try:
-            tokenizer = load_tokenizer(source.folder)
-            sequences = load_sequences(text.text, tokenizer, text.samples, text.length)
-            settings = CalibrationSettings(device=self._device)
-            load: Callable[[str], torch.Tensor] = source.load
             for module, weight in quantize_with_text(
-                source.folder, load, sequences, self._recipe, settings, self._read
+                self._source.folder, load, self._sequences, self._recipe, settings, self._read
             ):
                 self._write(module, weight)
         except CalibrationError as error:
-            raise UsageError(f"calibration: {error}") from error
+            raise UsageError(
+                f"calibration: {error}. What is finished stays in the target; the same command "
+                "goes on from there"
+            ) from error
 
     def _write(self, module: str, weight: QuantizedWeight) -> None:
         tensors = {

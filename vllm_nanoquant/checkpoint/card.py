@@ -26,9 +26,11 @@ def make_card(folder: Path, results: Sequence[Path] = ()) -> str:
         results: files that the benchmarks wrote; their figures are listed as they are.
 
     Raises:
-        UsageError: there is no report, so nothing is known.
+        UsageError: not a folder, or there is no report, so nothing is known.
         CheckpointError: the checkpoint, the report or a result file is damaged.
     """
+    if not folder.is_dir():
+        raise UsageError(f"{printable(str(folder))} is not a folder")
     report = read_report(folder)
     if report is None:
         raise UsageError(

@@ -7,18 +7,15 @@ again, which puts a second error on top of the first; the report says how large 
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_nanoquant import __version__
 from vllm_nanoquant.checkpoint import naming
-from vllm_nanoquant.checkpoint import source as source_files
 from vllm_nanoquant.checkpoint.convert_plan import (
     ConvertPlan,
     ConvertStep,
@@ -26,26 +23,15 @@ from vllm_nanoquant.checkpoint.convert_plan import (
     plan_import,
 )
 from vllm_nanoquant.checkpoint.convert_work import Work
-from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
-from vllm_nanoquant.checkpoint.formats import (
-    Format,
-    detect,
-    with_side_configs,
-)
-from vllm_nanoquant.checkpoint.formats.redhelix import WEIGHTS_FILE
-from vllm_nanoquant.checkpoint.journal import Journal, open_target
-from vllm_nanoquant.checkpoint.quantize import MAX_SHARD_BYTES, check_target, free_bytes
-from vllm_nanoquant.checkpoint.reader import Checkpoint, canonical_json, read_shard
-from vllm_nanoquant.checkpoint.report import file_entry, make_report, read_report, text_entry
+from vllm_nanoquant.checkpoint.errors import UsageError, printable
+from vllm_nanoquant.checkpoint.formats import Format, detect
+from vllm_nanoquant.checkpoint.job import MAX_SHARD_BYTES, Job, Produce, check_target
+from vllm_nanoquant.checkpoint.journal import Journal
+from vllm_nanoquant.checkpoint.reader import Checkpoint
+from vllm_nanoquant.checkpoint.report import read_report
+from vllm_nanoquant.checkpoint.source import kinds_of, open_source, rewritten_config
 from vllm_nanoquant.checkpoint.structure import stored_recipe
-from vllm_nanoquant.checkpoint.untrusted import MAX_CONFIG, check_inside, read_object
-from vllm_nanoquant.checkpoint.writer import (
-    PlannedShard,
-    cut_into_shards,
-    weight_map,
-    write_shard,
-)
-from vllm_nanoquant.files import durable, write_durable
+from vllm_nanoquant.checkpoint.writer import PlannedShard, cut_into_shards
 
 OURS = "nanoquant"
 PACK_QUANTIZED = "pack-quantized"
@@ -73,13 +59,13 @@ class Request:
     target: Path
     to: str = OURS
     group_size: int = 128
-    algorithm: str = "minmax"
+    algorithm: str = "mse"
     max_shard_bytes: int = MAX_SHARD_BYTES
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
-class Job:
+class ConvertJob(Job[ConvertStep]):
     """A request that can be carried out.
 
     Attributes:
@@ -104,124 +90,43 @@ class Job:
     @property
     def made_dense(self) -> list[str]:
         """Modules that are quantized in the source, and that our method does not serve in int4."""
-        return [step.key for step in self.plan.steps if step.module and step.group_size is None]
+        return [step.key for step in self.plan.steps if step.module and not step.is_int4]
 
     @property
-    def source_bytes(self) -> int:
-        """Bytes of the tensors that are read."""
-        return sum(step.nbytes for step in self.plan.steps)
+    def quantization(self) -> dict[str, Any]:
+        """The ``quantization_config`` of the result."""
+        return self.plan.quantization
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the result."""
-        return sum(shard.nbytes for shard in self.shards)
+    def config(self) -> str:
+        """config.json of the result."""
+        plain = _plain_config(self.source.config)
+        return rewritten_config(plain, self.quantization, kinds_of(self.source.config))
 
     @property
-    def begun_with(self) -> dict[str, str]:
-        """What the bytes of the result depend on; all of it must agree to resume."""
-        headers = {
-            shard.path.name: [
-                [entry.name, entry.dtype, entry.shape, entry.start]
-                for entry in shard.tensors.values()
-            ]
-            for shard in self.source.shards
-        }
-        content = canonical_json([headers, self.source.config])
+    def settings(self) -> dict[str, str]:
+        """What of the request the bytes of the result depend on."""
         request = self.request
         return {
-            "source": hashlib.sha256(content.encode()).hexdigest(),
             "target format": request.to,
             "group size": str(request.group_size),
             "algorithm": request.algorithm,
-            "shard size": str(request.max_shard_bytes),
-            "version of vllm-nanoquant": __version__,
-            "version of torch": torch.__version__,
-            "kind of device": torch.device(request.device).type,
         }
 
-    def is_done(self) -> bool:
-        """Whether the target is the complete result of the same request already."""
-        target = self.request.target
-        if (target / naming.JOURNAL).exists() or not (target / naming.CONFIG).is_file():
-            return False
-        try:
-            report = read_report(target)
-        except CheckpointError:
-            return False
-        return report is not None and report.get("begun_with") == self.begun_with
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the report says of the source, besides its files."""
+        return super().origin | {"format": OURS if self.fmt is None else self.fmt.name}
 
-    def run(self, progress: Callable[[int], None] = lambda _: None) -> dict[str, Any]:
-        """Write the result and return its report.
-
-        Killed at any moment, it can be run again and gives the same bytes.
-
-        Args:
-            progress: told of the bytes of each step's source tensors once it is dealt with.
-
-        Raises:
-            CheckpointError: tensors that do not fit, a source that is damaged or changes.
-            UsageError: the target holds something else, or the disk is too small.
-            OSError: the target cannot be written.
-        """
-        target = self.request.target
-        _check_space(target, self.nbytes)
-        with open_target(target, self.begun_with) as journal:
-            request = self.request
-            work = Work(
-                self.source, self.fmt, journal, request.algorithm, torch.device(request.device)
-            )
-            files = {}
-            for shard in self.shards:
-                path = target / shard.name
-                digest = write_shard(
-                    path, shard, work.produce, journal, lambda s: progress(s.nbytes)
-                )
-                files[shard.name] = {"bytes": path.stat().st_size, "sha256": digest}
-            for path in source_files.files_to_copy(self.source.folder):
-                with durable(target / path.name) as temporary:
-                    shutil.copyfile(path, temporary)
-                files[path.name] = file_entry(target / path.name)
-            report = self._finish(files, work, journal)
-            journal.remove()
-        return report
-
-    def _finish(
-        self, files: dict[str, dict[str, Any]], work: Work, journal: Journal
-    ) -> dict[str, Any]:
-        """Write report, index and config.json, in this order."""
-        target = self.request.target
-        config = source_files.rewritten_config(
-            _plain_config(self.source.config),
-            self.plan.quantization,
-            source_files.kinds_of(self.source.config),
-        )
-        files[naming.CONFIG] = text_entry(config)
-        index = None
-        if len(self.shards) > 1:
-            metadata = {"total_size": self.nbytes}
-            index = canonical_json({"metadata": metadata, "weight_map": weight_map(self.shards)})
-            files[naming.INDEX] = text_entry(index)
-        origin = source_files.inherited(self.source, self.request.name)
-        origin |= {
-            "name": origin.get("base_model", self.source.folder.resolve().name),
-            "format": OURS if self.fmt is None else self.fmt.name,
-            "files": {shard.path.name: work.digest(shard.path) for shard in self.source.shards},
-        }
-        # What is kept or becomes dense is not in the report.
-        records = {
-            step.key: entry["record"]
-            for step in self.plan.steps
-            if step.group_size is not None and (entry := journal.get(step.key))
-        }
-        report = make_report(self.plan.quantization, origin, records, files, self.begun_with)
-        write_durable(target / naming.REPORT, canonical_json(report).encode())
-        if index is not None:
-            write_durable(target / naming.INDEX, index.encode())
-        write_durable(target / naming.CONFIG, config.encode())
-        return report
+    @contextmanager
+    def producer(self, journal: Journal) -> Iterator[Produce[ConvertStep]]:
+        """What converts or copies a tensor."""
+        request = self.request
+        device = torch.device(request.device)
+        yield Work(self.source, self.fmt, request.algorithm, device).produce
 
 
-def prepare(request: Request) -> Job:
+def prepare(request: Request) -> ConvertJob:
     """Open the source and plan the result. Writes nothing.
 
     Raises:
@@ -251,32 +156,9 @@ def prepare(request: Request) -> Job:
         if request.algorithm == "gptq":
             raise UsageError("algorithm gptq needs calibration; choose minmax or mse to convert")
         plan = plan_import(source, fmt, request.group_size, request.algorithm)
-    return Job(request, source, fmt, plan, cut_into_shards(plan.steps, request.max_shard_bytes))
-
-
-def open_source(folder: Path) -> Checkpoint:
-    """Open a quantized checkpoint with all that its tool wrote beside the usual files.
-
-    Raises:
-        CheckpointError, UsageError: as `Checkpoint.open`; a tensor is there twice.
-    """
-    source = Checkpoint.open(folder)
-
-    def read(name: str) -> dict[str, Any] | None:
-        path = folder / name
-        if not path.is_symlink() and not path.exists():
-            return None
-        check_inside(path)
-        return read_object(path, MAX_CONFIG)
-
-    shards = list(source.shards)
-    if (folder / WEIGHTS_FILE).exists() and all(s.path.name != WEIGHTS_FILE for s in shards):
-        extra = read_shard(folder, WEIGHTS_FILE)
-        for name in extra.tensors:
-            if name in source.tensors:
-                raise CheckpointError(f"{at(extra.path, name)}: is in another file as well")
-        shards.append(extra)
-    return Checkpoint(folder, with_side_configs(source.config, read), shards)
+    return ConvertJob(
+        request, source, fmt, plan, cut_into_shards(plan.steps, request.max_shard_bytes)
+    )
 
 
 def summary(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,12 +212,3 @@ def _plain_config(config: dict[str, Any]) -> dict[str, Any]:
             if isinstance(part, dict) and part.get(key) == "float16":
                 part[key] = "bfloat16"
     return result
-
-
-def _check_space(target: Path, needed: int) -> None:
-    there = sum(path.stat().st_size for path in target.iterdir()) if target.is_dir() else 0
-    if needed - there > free_bytes(target):
-        raise UsageError(
-            f"{printable(str(target))} needs {(needed - there) / 1e9:.2f} GB, and its disk has "
-            f"{free_bytes(target) / 1e9:.2f} GB left"
-        )

@@ -22,6 +22,7 @@ from vllm_nanoquant.checkpoint.formats.export import (
 )
 from vllm_nanoquant.checkpoint.formats.stream import tell_dropped
 from vllm_nanoquant.checkpoint.header import TensorEntry
+from vllm_nanoquant.checkpoint.plan import refuse_split_products
 from vllm_nanoquant.checkpoint.reader import TORCH_DTYPES, Checkpoint
 from vllm_nanoquant.checkpoint.report import producer
 from vllm_nanoquant.checkpoint.source import kinds_of
@@ -31,6 +32,7 @@ from vllm_nanoquant.quantize.groups import WHOLE_ROW
 from vllm_nanoquant.recipe import METHOD, Override, Recipe
 
 _PRESETS = ("balanced", "ssm", "full")
+_NOT_SPLIT = "this checkpoint cannot be served; quantize the unquantized model instead"
 _PATTERN_CHARACTERS = frozenset("*?[")
 
 
@@ -59,6 +61,11 @@ class ConvertStep:
         """Bytes of its tensors in the source."""
         return sum(entry.nbytes for entry in self.sources)
 
+    @property
+    def is_int4(self) -> bool:
+        """Whether integers are written for it."""
+        return self.group_size is not None
+
 
 @dataclass(frozen=True)
 class ConvertPlan:
@@ -79,7 +86,7 @@ def plan_import(source: Checkpoint, fmt: Format, group_size: int, algorithm: str
 
     Raises:
         FormatError: a module that cannot be read.
-        UsageError: no module becomes int4.
+        UsageError: no module becomes int4, or of modules that are served as one product only some.
     """
     tell_dropped(fmt)
     steps = []
@@ -100,11 +107,10 @@ def plan_import(source: Checkpoint, fmt: Format, group_size: int, algorithm: str
             f"nothing would be int4: {fmt.in_words}, and our method serves none of them in int4"
         )
     results = {output.name for step in steps for output in step.outputs}
-    recipe = recipe_of(
-        {key.removesuffix(naming.WEIGHT): size for key, size in int4.items()},
-        {name.removesuffix(naming.WEIGHT) for name in results if name.endswith(naming.WEIGHT)},
-        algorithm,
-    )
+    sizes = {key.removesuffix(naming.WEIGHT): size for key, size in int4.items()}
+    dense = {name.removesuffix(naming.WEIGHT) for name in results if name.endswith(naming.WEIGHT)}
+    refuse_split_products([*sizes, *dense], sizes, _NOT_SPLIT)
+    recipe = recipe_of(sizes, dense, algorithm)
     version = {"format_version": naming.FORMAT_VERSION}
     stored_as = recipe.model_dump(mode="json")
     quantization = {"quant_method": METHOD, **version, **stored_as, "producer": producer()}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +14,19 @@ from vllm_nanoquant.checkpoint.errors import CheckpointError, at
 from vllm_nanoquant.checkpoint.fidelity import relative_error
 from vllm_nanoquant.checkpoint.formats import Converted, Format, read_module, tensors_of
 from vllm_nanoquant.checkpoint.formats.export import to_pack_quantized
-from vllm_nanoquant.checkpoint.journal import Journal
 from vllm_nanoquant.checkpoint.reader import Checkpoint
-from vllm_nanoquant.checkpoint.report import file_entry
 from vllm_nanoquant.checkpoint.writer import Produced, tensor_bytes
 from vllm_nanoquant.quantize.algorithms import quantize
 from vllm_nanoquant.quantize.groups import QuantizedWeight
 
-_SOURCE = "source file "
-
 
 class Work:
-    """Makes the bytes of each step, and remembers what the report needs."""
+    """Makes the bytes of each step."""
 
     def __init__(
         self,
         source: Checkpoint,
         fmt: Format | None,
-        journal: Journal,
         algorithm: str,
         device: torch.device,
     ) -> None:
@@ -41,21 +35,17 @@ class Work:
         Args:
             source: the checkpoint to convert.
             fmt: its format; None where it is ours.
-            journal: of the target.
             algorithm: for weights that are quantized again.
             device: where the arithmetic is done.
         """
         self._source = source
         self._fmt = fmt
-        self._journal = journal
         self._algorithm = algorithm
         self._device = device
 
     def produce(self, step: ConvertStep) -> Produced:
         """Bytes of one step, copied or converted."""
         source = self._source
-        for entry in step.sources:
-            self.digest(source.file_of(entry.name))
         if step.module is None:
             return Produced(source.chunks(step.key), {})
         prefix = f"{step.module}."
@@ -120,25 +110,3 @@ class Work:
             "bytes_after": sum(output.nbytes for output in step.outputs),
         }
         return record | known
-
-    def digest(self, path: Path) -> dict[str, Any]:
-        """Bytes and SHA-256 of a source file, which is read for it once, just before its tensors.
-
-        Raises:
-            CheckpointError: the file is not what it was before an interruption.
-        """
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        key = _SOURCE + path.name
-        known = self._journal.get(key)
-        if known is None or known.get("stamp") != stamp:
-            entry = file_entry(path)
-            if known is not None and known.get("file") != entry:
-                raise CheckpointError(
-                    f"{at(path)}: the source has changed since this was begun; remove the target "
-                    "and start again"
-                )
-            known = {"stamp": stamp, "file": entry}
-            self._journal.add(key, known)
-        found: dict[str, Any] = known["file"]
-        return found

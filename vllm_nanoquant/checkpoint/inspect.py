@@ -13,7 +13,7 @@ from vllm_nanoquant.checkpoint.errors import CheckpointError, printable
 from vllm_nanoquant.checkpoint.header import TensorEntry
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.report import read_report
-from vllm_nanoquant.checkpoint.source import kinds_of, text_config
+from vllm_nanoquant.checkpoint.source import kinds_of, open_source, text_config
 from vllm_nanoquant.checkpoint.structure import parse_recipe, stored_recipe
 from vllm_nanoquant.recipe import METHOD, Recipe
 from vllm_nanoquant.roles import role_of
@@ -94,9 +94,9 @@ def inspect(folder: Path) -> Summary:
     """Say what a checkpoint is. Reads no weight.
 
     Raises:
-        CheckpointError: as `Checkpoint.open`.
+        CheckpointError, UsageError: as `source.open_source`.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_source(folder)
     quantization = stored_recipe(checkpoint.config)
     recipe = parse_recipe(quantization) if quantization else None
     rows: dict[tuple[str, str], Row] = {}

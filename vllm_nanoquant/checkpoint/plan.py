@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_nanoquant.checkpoint import naming
@@ -11,14 +11,16 @@ from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, pr
 from vllm_nanoquant.checkpoint.header import TensorEntry
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
-from vllm_nanoquant.checkpoint.writer import OutputTensor, PlannedShard, cut_into_shards
+from vllm_nanoquant.checkpoint.writer import OutputTensor
 from vllm_nanoquant.recipe import METHOD, Recipe, Scheme
-from vllm_nanoquant.roles import LayerKind, Role, role_of
+from vllm_nanoquant.roles import LayerKind
+from vllm_nanoquant.stored import int4_schemes
 
 QUANTIZABLE = ("BF16", "F16", "F32")
 
 # Projections that vLLM multiplies as one: they need one treatment.
 _SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_NAME_ALL = "name all of them, or none, in ignore and overrides"
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,18 @@ class Step:
 
     @property
     def key(self) -> str:
-        """Name of it in the journal."""
+        """Name of it in the journal and the report."""
         return self.source.name
+
+    @property
+    def sources(self) -> tuple[TensorEntry]:
+        """What is read for it."""
+        return (self.source,)
+
+    @property
+    def is_int4(self) -> bool:
+        """Whether it is quantized."""
+        return self.scheme is not None
 
 
 @dataclass(frozen=True)
@@ -48,29 +60,18 @@ class Plan:
     Attributes:
         recipe: what was asked for.
         kinds: kind of each layer, as far as config.json tells.
-        shards: the files, in the order in which they are written.
+        steps: one for each tensor, in the order of the source.
     """
 
     recipe: Recipe
     kinds: tuple[LayerKind, ...] | None
-    shards: tuple[PlannedShard[Step], ...]
-
-    @property
-    def steps(self) -> list[Step]:
-        """Every step, in order."""
-        return [step for shard in self.shards for step in shard.items]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors of the result."""
-        return sum(shard.nbytes for shard in self.shards)
+    steps: tuple[Step, ...]
 
 
-def make_plan(source: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
+def make_plan(source: Checkpoint, recipe: Recipe) -> Plan:
     """Plan the quantized form of a stock checkpoint. The same arguments give the same plan.
 
-    Tensors keep the source's order, so that its files are read from front to back. A shard holds
-    what fits into `max_shard_bytes`, and at least one tensor.
+    Tensors keep the source's order, so that its files are read from front to back.
 
     Raises:
         RecipeError: a pattern matches nothing, or the preset does not suit the model.
@@ -82,7 +83,7 @@ def make_plan(source: Checkpoint, recipe: Recipe, max_shard_bytes: int) -> Plan:
     steps = [_plan_step(source, entry, schemes) for entry in source.tensors.values()]
     if not any(step.scheme for step in steps):
         raise UsageError(f"nothing to quantize: {recipe.in_words} covers no module of the source")
-    return Plan(recipe, kinds, cut_into_shards(steps, max_shard_bytes))
+    return Plan(recipe, kinds, tuple(steps))
 
 
 def schemes_of(
@@ -98,32 +99,41 @@ def schemes_of(
     """
     modules = naming.modules_with_weights(source.tensors)
     recipe.check_against(modules)
-    tied = ties_embeddings(source.config)
-    schemes = {}
+    matrices = []
     for module in modules:
         entry = source.tensors.get(module + naming.WEIGHT)
-        kept = naming.is_routed_expert(module) or (tied and role_of(module) is Role.LM_HEAD)
-        if entry is None or len(entry.shape) != 2 or entry.numel == 0 or kept:
-            continue
-        if scheme := recipe.scheme(module, kinds):
-            schemes[module] = scheme
-    _refuse_split_products(modules, schemes)
+        if entry is not None and len(entry.shape) == 2 and entry.numel:
+            matrices.append(module)
+    schemes = int4_schemes(matrices, recipe, kinds, ties_embeddings(source.config))
+    refuse_split_products(modules, schemes)
     return schemes
 
 
-def _refuse_split_products(modules: Sequence[str], schemes: dict[str, Scheme]) -> None:
+def refuse_split_products(
+    modules: Iterable[str], treatments: Mapping[str, Hashable], way_out: str = _NAME_ALL
+) -> None:
+    """Refuse projections that vLLM serves as one product, and that are not treated as one.
+
+    Args:
+        modules: names of all modules.
+        treatments: whatever is equal for modules that are treated alike; absent: as they are.
+        way_out: for the message.
+
+    Raises:
+        UsageError: some of q, k and v, or of gate and up, are treated otherwise than the rest.
+    """
     present = set(modules)
-    for module in modules:
+    for module in sorted(present):
         parent, _, leaf = module.rpartition(".")
         for leaves in _SERVED_TOGETHER:
             if leaf != leaves[0]:
                 continue
             parts = [f"{parent}.{part}".lstrip(".") for part in leaves]
             parts = [part for part in parts if part in present]
-            if len({schemes.get(part) for part in parts}) > 1:
+            if len({treatments.get(part) for part in parts}) > 1:
                 raise UsageError(
                     f"{METHOD}: {', '.join(map(printable, parts))} are served as one product and "
-                    "need the same treatment; name all of them, or none, in ignore and overrides"
+                    f"need the same treatment; {way_out}"
                 )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a stock checkpoint comes from, what it says of itself, which of its files are copied."""
+"""Where a source comes from, what it says of itself, which of its files are copied."""
 
 import fnmatch
 import json
@@ -10,9 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_nanoquant.checkpoint import naming
-from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, printable
-from vllm_nanoquant.checkpoint.reader import Checkpoint
-from vllm_nanoquant.checkpoint.untrusted import check_inside, open_regular
+from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
+from vllm_nanoquant.checkpoint.formats import SIDE_CONFIGS, with_side_configs
+from vllm_nanoquant.checkpoint.formats.redhelix import WEIGHTS_FILE
+from vllm_nanoquant.checkpoint.reader import Checkpoint, read_shard
+from vllm_nanoquant.checkpoint.untrusted import (
+    MAX_CONFIG,
+    check_inside,
+    open_regular,
+    read_object,
+)
 from vllm_nanoquant.recipe import METHOD
 from vllm_nanoquant.roles import LayerKind, layer_kinds
 
@@ -41,7 +48,10 @@ COPIED_FILES = (
 """Files that go with the weights. Anything else stays behind: code and pickles above all."""
 
 _NEVER_COPIED = (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".so", ".sh", ".safetensors")
-_DOWNLOADED = ("*.safetensors", naming.INDEX, naming.CONFIG, "README.md", *COPIED_FILES)
+_DOWNLOADED = (
+    *("*.safetensors", naming.INDEX, naming.CONFIG, naming.REPORT, "README.md"),
+    *(*SIDE_CONFIGS, *COPIED_FILES),
+)
 _FOREIGN_SUFFIXES = (*naming.QUANTIZED_SUFFIXES, ".qweight", ".qzeros", ".weight_scale_inv")
 _MODEL_ID = re.compile(r"[\w][\w.\-]*(?:/[\w][\w.\-]*)?")
 _FRONT_MATTER_BYTES = 1 << 16
@@ -85,6 +95,31 @@ def find_source(name: str, revision: str | None = None) -> Path:
     )
 
 
+def open_source(folder: Path) -> Checkpoint:
+    """Open a checkpoint with all that a tool which quantized it wrote beside the usual files.
+
+    Raises:
+        CheckpointError, UsageError: as `Checkpoint.open`; a tensor is there twice.
+    """
+    source = Checkpoint.open(folder)
+
+    def read(name: str) -> dict[str, Any] | None:
+        path = folder / name
+        if not path.is_symlink() and not path.exists():
+            return None
+        check_inside(path)
+        return read_object(path, MAX_CONFIG)
+
+    shards = list(source.shards)
+    if (folder / WEIGHTS_FILE).exists() and all(s.path.name != WEIGHTS_FILE for s in shards):
+        extra = read_shard(folder, WEIGHTS_FILE)
+        for name in extra.tensors:
+            if name in source.tensors:
+                raise CheckpointError(f"{at(extra.path, name)}: is in another file as well")
+        shards.append(extra)
+    return Checkpoint(folder, with_side_configs(source.config, read), shards)
+
+
 def refuse_quantized(source: Checkpoint) -> None:
     """Refuse a source whose weights are quantized already.
 
@@ -105,8 +140,9 @@ def refuse_quantized(source: Checkpoint) -> None:
             )
         shown = repr(printable(str(method))) if isinstance(method, str) else "unnamed"
         raise UsageError(_already(source, f"config.json has a quantization_config ({shown})"))
-    if (source.folder / "hf_quant_config.json").exists():
-        raise UsageError(_already(source, "it has a hf_quant_config.json"))
+    for name in SIDE_CONFIGS:
+        if (source.folder / name).exists():
+            raise UsageError(_already(source, f"it has a {name}"))
     for name in source.tensors:
         if name.endswith(_FOREIGN_SUFFIXES):
             raise UsageError(_already(source, f"it has a tensor {printable(name)}"))

@@ -11,9 +11,13 @@ from vllm_nanoquant.checkpoint.errors import CheckpointError, at, printable
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
 from vllm_nanoquant.recipe import METHOD, Recipe, RecipeError, Scheme
-from vllm_nanoquant.roles import LayerKind, Role, role_of
-
-_OUR_KEYS = ("quant_method", "format_version", "producer")
+from vllm_nanoquant.roles import LayerKind
+from vllm_nanoquant.stored import (
+    FORMAT_KEYS,
+    header_problems,
+    int4_schemes,
+    require_known_version,
+)
 
 
 def stored_recipe(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -33,15 +37,9 @@ def parse_recipe(quantization: dict[str, Any]) -> Recipe:
     Raises:
         CheckpointError: another version of the format, or not a recipe.
     """
-    version = quantization["format_version"]
-    if version != naming.FORMAT_VERSION:
-        shown = version if isinstance(version, int) else "no number"
-        raise CheckpointError(
-            f"{naming.CONFIG}: format_version is {shown}; this release reads "
-            f"{naming.FORMAT_VERSION}. Install a newer vllm-nanoquant"
-        )
     try:
-        return Recipe.parse({k: v for k, v in quantization.items() if k not in _OUR_KEYS})
+        require_known_version(quantization["format_version"])
+        return Recipe.parse({k: v for k, v in quantization.items() if k not in FORMAT_KEYS})
     except RecipeError as error:
         raise CheckpointError(f"{naming.CONFIG}: {printable(str(error))}") from None
 
@@ -85,17 +83,12 @@ def _expected(
     A module's weight that is dense and covered is expected to be int4 as well, unless it is of
     those that are always kept, or has no two dimensions.
     """
-    tied = ties_embeddings(checkpoint.config)
-    found = {}
+    modules = []
     for module in naming.modules_with_weights(checkpoint.tensors):
         dense = checkpoint.tensors.get(module + naming.WEIGHT)
-        if dense is not None and (len(dense.shape) != 2 or dense.numel == 0):
-            continue
-        if naming.is_routed_expert(module) or (tied and role_of(module) is Role.LM_HEAD):
-            continue
-        if scheme := recipe.scheme(module, kinds):
-            found[module] = scheme
-    return found
+        if dense is None or (len(dense.shape) == 2 and dense.numel):
+            modules.append(module)
+    return int4_schemes(modules, recipe, kinds, ties_embeddings(checkpoint.config))
 
 
 def _check_module(
@@ -110,36 +103,20 @@ def _check_module(
         if dense not in tensors:
             yield f"{printable(module + naming.PACKED)}: is missing"
         return
-    place = at(checkpoint.file_of(packed.name), packed.name)
-    if packed.dtype != "U8" or len(packed.shape) != 2 or packed.numel == 0:
-        yield f"{place}: {packed.dtype} {list(packed.shape)}; it must be U8 [ceil(K / 2), N]"
-        return
-    half, rows = packed.shape
-    columns, problem = _columns(module, packed.shape, report)
-    if problem:
-        yield problem
-    order = tensors.get(module + naming.ORDER)
-    if order is not None and order.numel in (2 * half, 2 * half - 1):
-        columns = order.numel
-    layouts = [
-        naming.quantized_layout(rows, count, scheme.group_size)
-        for count in ([columns] if columns else [2 * half, 2 * half - 1])
-    ]
-    for suffix in (naming.SCALE, naming.ZERO_POINT):
-        entry = tensors.get(module + suffix)
-        if entry is None:
-            yield f"{printable(module + suffix)}: is missing"
-        elif all((entry.dtype, entry.shape) != layout[suffix] for layout in layouts):
-            dtype, shape = layouts[0][suffix]
-            yield (
-                f"{at(checkpoint.file_of(entry.name), entry.name)}: {entry.dtype} "
-                f"{list(entry.shape)}; groups of {scheme.group_size} need {dtype} {list(shape)}"
-            )
-    if order is not None and (order.dtype != "I32" or order.shape != (columns or 2 * half,)):
-        yield (
-            f"{at(checkpoint.file_of(order.name), order.name)}: {order.dtype} "
-            f"{list(order.shape)}; it must be I32 [K]"
-        )
+    columns = None
+    if len(packed.shape) == 2:
+        columns, problem = _columns(module, packed.shape, report)
+        if problem:
+            yield problem
+    parts = {
+        suffix: (tensors[module + suffix].dtype, tensors[module + suffix].shape)
+        for suffix in naming.QUANTIZED_SUFFIXES
+        if module + suffix in tensors
+    }
+    for suffix, problem in header_problems(module, parts, scheme.group_size, columns):
+        name = module + suffix
+        place = at(checkpoint.file_of(name), name) if name in tensors else printable(name)
+        yield f"{place}: {problem}"
 
 
 def _columns(

@@ -11,6 +11,7 @@ from typing import Any
 from vllm_nanoquant.cli.output import (
     OK,
     add_json_option,
+    check_device,
     megabytes,
     print_json,
     progress,
@@ -28,7 +29,7 @@ plugin. Interrupted, it goes on where it stopped when the same command is run ag
 _EXAMPLES = """\
 examples:
   nanoquant convert ./nano-9b-w4a16 ./nano-9b-int4
-  nanoquant convert nvidia/NVIDIA-Nemotron-Nano-9B-v2-FP8 nano-9b-int4 --algorithm mse
+  nanoquant convert nvidia/NVIDIA-Nemotron-Nano-9B-v2-FP8 nano-9b-int4 --group-size 64
   nanoquant convert ./nano-9b-int4 ./nano-9b-ct --to pack-quantized
 """
 
@@ -62,8 +63,8 @@ def add_to(commands: Any) -> None:
     again.add_argument(
         "--algorithm",
         choices=("minmax", "mse"),
-        default="minmax",
-        help="how integers are chosen (default: %(default)s)",
+        default="mse",
+        help="how integers are chosen: mse (default) searches, minmax is quicker",
     )
     parser.add_argument(
         "--max-shard-size",
@@ -85,16 +86,16 @@ def run(options: argparse.Namespace) -> int:
     """Carry the command out.
 
     Raises:
-        UsageError, FormatError, CheckpointError: as `checkpoint.convert.prepare` and `Job.run`.
+        UsageError, FormatError, CheckpointError: as `checkpoint.convert.prepare` and
+            `ConvertJob.run`.
     """
     # Not at the top: this imports torch.
     from vllm_nanoquant.checkpoint.convert import Request, prepare, summary
     from vllm_nanoquant.checkpoint.errors import printable
     from vllm_nanoquant.checkpoint.report import read_report
     from vllm_nanoquant.checkpoint.source import find_source
-    from vllm_nanoquant.cli.quantize import _check_device
 
-    _check_device(options.device)
+    check_device(options.device)
     job = prepare(
         Request(
             name=options.source,

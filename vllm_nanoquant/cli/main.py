@@ -5,13 +5,15 @@ Importing this is quick: a command imports torch when it runs, not when its opti
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vllm_nanoquant import __version__
 from vllm_nanoquant.cli import card, convert, inspect, quantize, verify
-from vllm_nanoquant.cli.output import OK, PROBLEM, USAGE
+from vllm_nanoquant.cli.output import OK, PROBLEM, USAGE, print_json
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
@@ -30,9 +32,20 @@ exit status: 0 all is well; 1 a problem was found; 2 wrong usage; 130 interrupte
 """
 
 
+class _WrongUsage(Exception):
+    """Arguments that argparse refuses."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `main` to tell what is wrong, so that it can be told as JSON."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _WrongUsage(f"{message}; see {self.prog} --help")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nanoquant",
         description="int4 checkpoints for vLLM: made, checked and described.",
         epilog=_EXAMPLES,
@@ -48,38 +61,55 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
+    Whatever goes wrong is one line on standard error, and with ``--json`` an object with the key
+    ``error`` on standard output as well.
+
     Args:
         arguments: without the program's name; None takes those of the process.
 
     Raises:
-        SystemExit: by argparse, for ``--help``, ``--version`` and options that it refuses.
+        SystemExit: by argparse, for ``--help`` and ``--version``.
     """
-    options = make_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    after_interrupt = ""
     try:
+        options = make_parser().parse_args(given)
+        after_interrupt = options.after_interrupt
         status: int = options.run(options)
         # Here, and not at exit, so that a closed pipe is noticed where it can be dealt with.
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print(f"\nnanoquant: interrupted{options.after_interrupt}", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # The reader, `head` say, has seen enough. The interpreter flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"nanoquant: error: {place}{error.strerror or error}", file=sys.stderr)
-        return PROBLEM
-    except ValueError as error:
-        # Not at the top: pydantic, which recipes are made of, takes a while to import.
-        from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError
-        from vllm_nanoquant.recipe import RecipeError
+    except KeyboardInterrupt:
+        print(f"\nnanoquant: interrupted{after_interrupt}", file=sys.stderr)
+        status, text = INTERRUPTED, "interrupted"
+    except _WrongUsage as error:
+        status, text = USAGE, str(error)
+        print(f"nanoquant: error: {text}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        status, text = _explain(error, after_interrupt)
+        print(f"nanoquant: error: {text}", file=sys.stderr)
+    if "--json" in given:
+        print_json({"error": text})
+    return status
 
-        if not isinstance(error, CheckpointError | RecipeError):
-            raise
-        print(f"nanoquant: error: {error}", file=sys.stderr)
-        return USAGE if isinstance(error, UsageError | RecipeError) else PROBLEM
+
+def _explain(error: OSError | ValueError, after_interrupt: str) -> tuple[int, str]:
+    """Exit status and text for an error that is not this program's; raises one that is."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        full = after_interrupt if error.errno == errno.ENOSPC else ""
+        return PROBLEM, f"{place}{error.strerror or error}{full}"
+    # Not at the top: pydantic, which recipes are made of, takes a while to import.
+    from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError
+    from vllm_nanoquant.recipe import RecipeError
+
+    if not isinstance(error, CheckpointError | RecipeError):
+        raise error
+    return USAGE if isinstance(error, UsageError | RecipeError) else PROBLEM, str(error)
 
 
 if __name__ == "__main__":

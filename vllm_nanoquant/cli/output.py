@@ -4,8 +4,8 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 OK = 0
@@ -20,6 +20,23 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Add ``--json``: one JSON object on standard output, and nothing else there."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch does not have here, or that holds no numbers, as ``meta``.
+
+    Raises:
+        UsageError: one of these.
+    """
+    # Not at the top: importing the command line is quick.
+    import torch
+
+    from vllm_nanoquant.checkpoint.errors import UsageError
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: torch {torch.__version__} has no such device") from None
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -61,10 +78,22 @@ def size_option(text: str) -> int:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Any]:
-    """Show a bar in bytes on standard error; gives a function to call with bytes done."""
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar in bytes on standard error; gives a function to call with bytes done.
+
+    It appears with the first of them, so that it is not in the way of an early error.
+    """
     # Not at the top: importing the command line is quick.
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr) as bar:
-        yield bar.update
+    with ExitStack() as stack:
+        bar: Any = None
+
+        def update(count: int) -> None:
+            nonlocal bar
+            if bar is None:
+                bar = tqdm(total=total, unit="B", unit_scale=True, desc=label, file=sys.stderr)
+                stack.enter_context(bar)
+            bar.update(count)
+
+        yield update

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_nanoquant.cli.output import (
     OK,
     add_json_option,
+    check_device,
     megabytes,
     print_json,
     print_table,
@@ -19,7 +20,8 @@ from vllm_nanoquant.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from vllm_nanoquant.checkpoint.quantize import Job
+    from vllm_nanoquant.checkpoint.quantize import QuantizeJob
+    from vllm_nanoquant.recipe import Recipe
 
 _DESCRIPTION = """\
 Quantize a stock checkpoint (safetensors, BF16, FP16 or FP32) to int4, tensor by tensor, into a
@@ -60,7 +62,12 @@ def add_to(commands: Any) -> None:
         metavar="N",
         help="weights that share a scale: 32, 64, 128 (default), or -1 for a whole row",
     )
-    recipe.add_argument("--algorithm", help="how integers are chosen: minmax (default), mse, gptq")
+    recipe.add_argument(
+        "--algorithm",
+        help="how integers are chosen: mse (default) searches for the least error and needs no "
+        "data; minmax is quicker and less exact; gptq is the most exact and needs a text. "
+        "(Quantizing while vLLM loads defaults to minmax: there, start-up time counts.)",
+    )
     recipe.add_argument(
         "--ignore",
         action="append",
@@ -137,7 +144,8 @@ def run(options: argparse.Namespace) -> int:
     """Carry the command out.
 
     Raises:
-        RecipeError, UsageError, CheckpointError: as `checkpoint.quantize.prepare` and `Job.run`.
+        RecipeError, UsageError, CheckpointError: as `checkpoint.quantize.prepare` and
+            `QuantizeJob.run`.
     """
     # Not at the top: this imports torch.
     from vllm_nanoquant.checkpoint.calibrate import Calibration
@@ -145,7 +153,7 @@ def run(options: argparse.Namespace) -> int:
     from vllm_nanoquant.checkpoint.source import find_source
 
     recipe = _recipe(options)
-    _check_device(options.device)
+    check_device(options.device)
     folder = find_source(options.source, options.revision)
     calibration = None
     if options.calibration_text is not None:
@@ -192,33 +200,22 @@ def run(options: argparse.Namespace) -> int:
     return OK
 
 
-def _recipe(options: argparse.Namespace) -> Any:
+def _recipe(options: argparse.Namespace) -> Recipe:
+    from vllm_nanoquant.checkpoint.quantize import DEFAULT_RECIPE
     from vllm_nanoquant.recipe import Recipe
 
     given = {
         "preset": options.preset,
         "group_size": options.group_size,
-        "algorithm": options.algorithm,
+        "algorithm": options.algorithm or DEFAULT_RECIPE.algorithm,
     }
     chosen = {key: value for key, value in given.items() if value is not None}
     return Recipe.parse({**chosen, "ignore": options.ignore, "overrides": dict(options.override)})
 
 
-def _check_device(name: str) -> None:
-    """Refuse a device that torch does not have here, or that holds no numbers, as ``meta``."""
-    import torch
-
-    from vllm_nanoquant.checkpoint.errors import UsageError
-
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {name}: torch {torch.__version__} has no such device") from None
-
-
-def _tell_plan(job: Job, as_json: bool) -> None:
+def _tell_plan(job: QuantizeJob, as_json: bool) -> None:
     """What would be done, and what it needs."""
-    from vllm_nanoquant.checkpoint.quantize import free_bytes
+    from vllm_nanoquant.checkpoint.job import free_bytes
     from vllm_nanoquant.roles import role_of
 
     counts: Counter[tuple[str, str]] = Counter()
@@ -233,9 +230,10 @@ def _tell_plan(job: Job, as_json: bool) -> None:
         after[kind] += sum(output.nbytes for output in step.outputs)
     free = free_bytes(job.request.target)
     needs = {
-        "disk_bytes": job.plan.nbytes,
+        "disk_bytes": job.nbytes,
         "free_bytes": free,
         "memory_bytes": job.peak_bytes,
+        "calibration_bytes": job.calibration_bytes,
         "seconds": job.estimate_seconds(),
     }
     if as_json:
@@ -253,7 +251,7 @@ def _tell_plan(job: Job, as_json: bool) -> None:
         print_json({"parts": parts, "quantized": quantized, "needs": needs})
         return
     seconds = needs["seconds"]
-    time = "unknown: it is calibration that takes it"
+    time = "not predicted: it depends on how fast the model runs here"
     if seconds is not None:
         time = f"about {seconds:.0f} s, by a sample on this machine, disks aside"
     print_table(
@@ -264,9 +262,18 @@ def _tell_plan(job: Job, as_json: bool) -> None:
         ],
     )
     print(
-        f"\ndisk    {megabytes(job.plan.nbytes)} in {len(job.plan.shards)} files; "
+        f"\ndisk    {megabytes(job.nbytes)} in {len(job.shards)} files; "
         f"{megabytes(free)} are free\n"
-        f"memory  about {megabytes(job.peak_bytes)} beyond torch itself\n"
+        f"memory  about {megabytes(job.peak_bytes)} beyond torch itself"
+        f"{_calibration_in_words(job.calibration_bytes)}\n"
         f"time    {time}\n"
         "nothing was written"
     )
+
+
+def _calibration_in_words(parts: dict[str, int]) -> str:
+    """What calibration takes of the memory; nothing where there is none."""
+    if not parts:
+        return ""
+    listed = ", ".join(f"{name} {megabytes(count)}" for name, count in parts.items())
+    return f"\n        for calibration: {listed}"
