@@ -2,6 +2,7 @@
 """What vLLM is told when it asks which method serves a checkpoint."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,18 @@ def test_headers_of_a_folder_are_read_file_by_file(tiny_model, tmp_path):
     (tmp_path / "model-00002-of-2.safetensors").write_bytes(b"\x10" + bytes(7) + b"{")
     with pytest.raises(ValueError, match=r"model-00002-of-2\.safetensors: .* truncated"):
         compat.checkpoint_tensors(str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "noted", "used"), [("main", "abc", "main"), (None, "abc", "abc"), (None, None, None)]
+)
+def test_the_revision_of_the_headers_is_that_of_the_weights(monkeypatch, given, noted, used):
+    asked = []
+    monkeypatch.setattr(compat, "checkpoint_tensors", lambda *where: asked.append(where) or {})
+    monkeypatch.setattr(compat, "wrap_set_cudagraph_sizes", lambda before: None)
+    hf_config = SimpleNamespace(_commit_hash=noted) if noted else None
+    NanoquantConfig().maybe_update_config("some/model", hf_config=hf_config, revision=given)
+    assert asked == [("some/model", used)]
 
 
 def test_a_json_file_of_a_checkpoint(tiny_model, tmp_path):

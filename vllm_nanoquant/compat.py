@@ -32,6 +32,7 @@ __all__ = [
     "process_when_loaded",
     "reads_by_default_loader",
     "require_supported_vllm",
+    "revision_of",
     "translate_weights",
     "wrap_set_cudagraph_sizes",
 ]
@@ -121,6 +122,15 @@ def checkpoint_json(model: str, revision: str | None, file: str) -> dict[str, An
     return content
 
 
+def revision_of(hf_config: Any, revision: str | None) -> str | None:
+    """Revision of the repository that a checkpoint's files are to be read from.
+
+    vLLM 0.26 and 0.27 do not hand it to ``maybe_update_config``; older releases of transformers
+    note in the config which commit it is of. To be dropped with 0.27.
+    """
+    return revision or getattr(hf_config, "_commit_hash", None)
+
+
 def process_when_loaded(layer: torch.nn.Module) -> None:
     """Have vLLM call the layer's ``process_weights_after_loading`` once its last weight is there.
 
@@ -172,9 +182,10 @@ def map_name(mapper: Any, name: str) -> str:
 def translate_weights(method: Any, translate: Translation) -> None:
     """Have a stream of weights pass through `translate` before the model sees it.
 
-    vLLM has no hook for that. Every loader that reads files asks ``get_all_weights`` of
-    ``DefaultModelLoader`` for them (0.26 to 0.33), for ``reload_weights`` too; it is wrapped when
-    the first such model is built, and changes nothing for a model without a `method` marked here.
+    vLLM has no hook for that. ``DefaultModelLoader`` asks its own ``get_all_weights`` for them
+    (0.26 to 0.33), and so does ``reload_weights``; it is wrapped when the first such model is
+    built, and changes nothing for a model without a `method` marked here. What the model's own
+    mapper drops comes later: from 0.30 on that is every ``g_idx``.
 
     Args:
         method: quantization method of any layer of the model.

@@ -187,6 +187,7 @@ class NanoquantConfig(QuantizationConfig):
         """
         compilation.reject_bytecode_hook()
         self._refuse_composition()
+        revision = compat.revision_of(hf_config, revision)
         if hf_config is not None:
             self._refuse_stray_options(hf_config)
             self._layer_kinds = layer_kinds(hf_config)
@@ -209,7 +210,7 @@ class NanoquantConfig(QuantizationConfig):
         compilation.install_capture_cap()
 
     def _refuse_composition(self) -> None:
-        """Refuse vLLM's own online quantization on top of ours (vLLM 0.32 and later offer it)."""
+        """Refuse vLLM's own online quantization on top of ours (vLLM 0.30 and later offer it)."""
         if getattr(self, "online_quantization_config", None) is not None:
             raise RecipeError(
                 f"{METHOD}: --quantization-config is for vLLM's own methods and cannot be combined "

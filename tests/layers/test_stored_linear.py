@@ -15,49 +15,29 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_processing,
+    record_metadata_for_reloading,
 )
 
 from tests.checkpoints import int4_tensors, reorder
 from tests.layers.fake_ranks import RANKS, random_weight, rank_of
+from tests.layers.stored_layers import (
+    HIDDEN,
+    MIXER,
+    PREFIX,
+    column_layer,
+    headers_of,
+    load,
+    up_proj,
+)
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
-from vllm_nanoquant.kernels.reference import dequantize
+from vllm_nanoquant.layers import stored_linear
 from vllm_nanoquant.layers.stored_linear import StoredLinearMethod
-from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import RecipeError, ServingOptions
-from vllm_nanoquant.stored import Int4Module
 
 pytestmark = pytest.mark.compat
 
-HIDDEN = 200
-MIXER = "model.layers.0.mixer"
 GROUP_SIZES = [32, 64, 128, -1]
-
-
-def headers_of(tensors):
-    """What `maybe_update_config` learns from the headers of these tensors."""
-    found = {}
-    names = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.int32: "I32"}
-    headers = {
-        name: {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
-        for name, tensor in tensors.items()
-    }
-    for name in tensors:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            found[module] = Int4Module.from_headers(module, headers)
-    return found
-
-
-def load(layer, prefix, tensors, shard_ids):
-    """Hand a layer the checkpoint's tensors, as vLLM's loaders do."""
-    for name, tensor in tensors.items():
-        module, _, leaf = name.rpartition(".")
-        parameter = getattr(layer, leaf)
-        shard = shard_ids.get(module.removeprefix(f"{prefix.rpartition('.')[0]}."))
-        parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
-    if prefix == "lm_head" and not layer.quant_method.out_features:  # vLLM 0.26 waits for padding
-        finalize_layerwise_processing(layer, None)
 
 
 def both_ways(make, prefix, weights, group_size, rank=(0, 1), shard_ids=None):
@@ -198,28 +178,6 @@ def test_a_replicated_layer_is_whole_on_every_rank():
     assert_same_bytes(*both_ways(make, prefix, weights, 32, (1, 2)))
 
 
-PREFIX = f"{MIXER}.up_proj"
-
-
-def column_layer(tensors, columns=HIDDEN, rows=40, stored=None):
-    stored = headers_of(tensors) if stored is None else stored
-    config = NanoquantConfig(Inventory(ServingOptions(preset="full"), stored))
-    return vllm_linear.ColumnParallelLinear(
-        columns, rows, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=PREFIX
-    )
-
-
-def row_layer(tensors):
-    config = NanoquantConfig(Inventory(ServingOptions(preset="full"), headers_of(tensors)))
-    return vllm_linear.RowParallelLinear(
-        HIDDEN, 40, bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix=PREFIX
-    )
-
-
-def up_proj():
-    return int4_tensors(PREFIX, random_weight(40, HIDDEN), 128)
-
-
 def test_the_tensors_take_no_memory_before_and_none_after(monkeypatch):
     tensors, held = up_proj(), []
     original = StoredLinearMethod._take_quantized
@@ -240,6 +198,26 @@ def test_the_tensors_take_no_memory_before_and_none_after(monkeypatch):
     assert not hasattr(layer, "weight_zero_point")
 
 
+@pytest.mark.parametrize("ordered", [False, True])
+def test_very_large_tensors_are_filled_on_the_cpu_and_give_the_same_bytes(monkeypatch, ordered):
+    tensors = up_proj()
+    if ordered:
+        tensors = reorder({}, PREFIX, random_weight(40, HIDDEN), 128, torch.arange(HIDDEN))
+    layers = []
+    # 100 rows of bytes, and two of two bytes for scales and for zero points.
+    for limit in (108 * 40, 108 * 40 - 1):
+        monkeypatch.setattr(stored_linear, "LARGE_BYTES", limit)
+        with rank_of(0, 1):
+            layer = column_layer(tensors)
+            if limit < 108 * 40:
+                with torch.device("meta"):  # stands for the GPU: nothing could be filled there
+                    record_metadata_for_reloading(layer)
+            load(layer, PREFIX, tensors, {})
+        layers.append(layer)
+    for name, tensor in layers[0].named_parameters():
+        assert torch.equal(tensor, layers[1].get_parameter(name))
+
+
 def test_it_is_converted_with_its_last_tensor_in_whatever_order_they_come():
     tensors = up_proj()
     *first, last = reversed(tensors.items())
@@ -249,98 +227,6 @@ def test_it_is_converted_with_its_last_tensor_in_whatever_order_they_come():
         assert layer.weight_packed.is_meta
         load(layer, PREFIX, dict([last]), {})
     assert layer.weight_packed.dtype == torch.int32
-
-
-@pytest.mark.parametrize("make", [column_layer, row_layer])
-def test_columns_in_another_order_multiply_the_features_they_belong_to(make):
-    weight = random_weight(40, HIDDEN)
-    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(3))
-    tensors = reorder({}, PREFIX, weight, 128, order)
-    with rank_of(0, 1):
-        layer = make(tensors)
-        load(layer, PREFIX, tensors, {})
-    x = random_weight(3, HIDDEN, seed=9)
-    exact = x.double() @ weight.double().T
-    found = layer.quant_method.apply(layer, x, None).double()
-    # int4 in groups of 128 normal weights is off by about a tenth.
-    assert (found - exact).abs().mean() < 0.2 * exact.abs().mean()
-    columns = dequantize(quantize_minmax(weight[:, order], 128), torch.float64)
-    exact = x[:, order].double() @ columns.T
-    assert (found - exact).abs().mean() <= 5e-3 * exact.abs().mean()
-
-
-def test_an_order_survives_the_compiler():
-    weight = random_weight(40, HIDDEN)
-    order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(3))
-    tensors = reorder({}, PREFIX, weight, 128, order)
-    with rank_of(0, 1):
-        layer = column_layer(tensors)
-        load(layer, PREFIX, tensors, {})
-    compiled = torch.compile(
-        lambda x: layer.quant_method.apply(layer, x, None), fullgraph=True, backend="aot_eager"
-    )
-    for tokens in (1, 5):
-        x = random_weight(tokens, HIDDEN, seed=9)
-        assert torch.equal(compiled(x), layer.quant_method.apply(layer, x, None))
-
-
-def qkv_layer(tensors):
-    config = NanoquantConfig(Inventory(ServingOptions(preset="full"), headers_of(tensors)))
-    return vllm_linear.QKVParallelLinear(
-        HIDDEN, 16, 8, 2, False, params_dtype=torch.bfloat16, quant_config=config,
-        prefix=f"{MIXER}.qkv_proj",
-    )  # fmt: skip
-
-
-def qkv_tensors(seeds):
-    """Tensors of q, k and v; a seed orders the columns at random, None leaves them alone."""
-    tensors = {}
-    for (name, rows), seed in zip((("q", 128), ("k", 32), ("v", 32)), seeds, strict=True):
-        module, weight = f"{MIXER}.{name}_proj", random_weight(rows, HIDDEN, seed=rows)
-        if seed is None:
-            tensors |= int4_tensors(module, weight, 128)
-        else:
-            order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(seed))
-            tensors = reorder(tensors, module, weight, 128, order)
-    return tensors
-
-
-SHARDS = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
-
-
-@pytest.mark.parametrize("rank", [(0, 1), (1, 2), (3, 4)])
-def test_parts_of_one_order_are_served_as_one_on_every_rank(rank):
-    tensors = qkv_tensors([4, 4, 4])
-    with rank_of(*rank):
-        layer = qkv_layer(tensors)
-        load(layer, f"{MIXER}.qkv_proj", tensors, SHARDS)
-    assert torch.equal(layer.weight_order, tensors[f"{MIXER}.k_proj.weight_order"])
-    assert layer.weight_packed.dtype == torch.int32
-
-
-def test_parts_of_different_orders_are_refused():
-    tensors = qkv_tensors([4, 5, 4])
-    with rank_of(0, 1), pytest.raises(RecipeError, match="columns are in different orders"):
-        load(qkv_layer(tensors), f"{MIXER}.qkv_proj", tensors, SHARDS)
-
-
-def test_parts_of_which_only_some_are_ordered_are_refused_before_loading():
-    with rank_of(0, 1), pytest.raises(RecipeError, match="columns are in different orders"):
-        qkv_layer(qkv_tensors([4, None, 4]))
-
-
-def test_an_order_over_several_ranks_of_a_row_parallel_layer_is_refused():
-    tensors = reorder({}, PREFIX, random_weight(40, HIDDEN), 128, torch.arange(HIDDEN))
-    with rank_of(1, 2), pytest.raises(RecipeError, match=r"up_proj\.weight_order .*-size 1"):
-        row_layer(tensors)
-
-
-@pytest.mark.parametrize("wrong", [-1, HIDDEN, 0])
-def test_an_order_that_is_no_permutation_is_refused(wrong):
-    tensors = reorder({}, PREFIX, random_weight(40, HIDDEN), 128, torch.arange(HIDDEN))
-    tensors[f"{PREFIX}.weight_order"][7] = wrong
-    with rank_of(0, 1), pytest.raises(ValueError, match="not a permutation of 0 to 199"):
-        load(column_layer(tensors), PREFIX, tensors, {})
 
 
 @pytest.mark.parametrize("name", ["weight_packed", "weight_scale", "weight_zero_point"])

@@ -31,7 +31,7 @@ def job(name, model, options=None, **rest):
     return {"name": name, "engine": engine, "prompts": PROMPTS, **rest}
 
 
-def run_engines(jobs, folder, environment=None, timeout=600):
+def run_engines(jobs, folder, environment=None, timeout=850):
     """Reports by job name, each with its part of the log (a list of lines)."""
     jobs_file, report_file = folder / "jobs.json", folder / "reports.json"
     jobs_file.write_text(json.dumps(jobs))

@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vllm_nanoquant.quantize.groups import pack_nibbles
+from vllm_nanoquant.kernels.layout import RuntimeWeight
+from vllm_nanoquant.quantize.groups import QuantizedWeight, pack_nibbles
 from vllm_nanoquant.recipe import METHOD
 
 from .engines import job, run_engines
+from .weight_digests import digest
 
 pytestmark = [pytest.mark.compat, pytest.mark.slow]
 
@@ -20,6 +22,8 @@ MODULES = [
     f"backbone.layers.{layer}.mixer.{name}_proj" for layer in (1, 4) for name in ("up", "down")
 ]
 FP8 = torch.float8_e4m3fn
+# AWQ's word holds output 8j + AWQ_ORDER[i] in bits 4i to 4i + 3.
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def quantize_by_group_index(weight, g_idx):
@@ -62,6 +66,29 @@ def both_forms(tensors):
     return gptq, ours
 
 
+def awq(tensors):
+    """The model with its MLPs as AWQ stores them, zero points and all; their parts by module."""
+    result, parts = dict(tensors), {}
+    for module in MODULES:
+        weight = result.pop(f"{module}.weight").float()
+        rows = weight.shape[0]
+        groups = weight.reshape(rows, -1, GROUP)
+        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+        scales = ((high - low) / 15).half()
+        zero = (-low / scales.float()).round().clamp(0, 15)
+        q = (groups / scales.float()[..., None]).round() + zero[..., None]
+        q = q.clamp(0, 15).to(torch.uint8).reshape(weight.shape)
+        result[f"{module}.qweight"] = words(in_awq_order(q)).t().contiguous()
+        result[f"{module}.qzeros"] = words(in_awq_order(zero)).t().contiguous()
+        result[f"{module}.scales"] = scales.t().contiguous()
+        parts[module] = q, scales.t(), zero.t()
+    return result, parts
+
+
+def in_awq_order(lines):
+    return lines.view(-1, 8, lines.shape[1])[:, AWQ_ORDER].reshape(lines.shape)
+
+
 def fp8(tensors):
     """The model with its projections in FP8, one scale for each."""
     result = dict(tensors)
@@ -93,6 +120,8 @@ def reports(tiny_model, tmp_path_factory):
         "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True,
                         "desc_act": True}),
         "ours": (ours, {"quant_method": METHOD, "format_version": 1, "overrides": overrides}),
+        "awq": (awq(tensors)[0], {"quant_method": "awq", "bits": 4, "group_size": GROUP,
+                                  "zero_point": True, "version": "gemm"}),
         "fp8": (fp8(tensors), {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     }  # fmt: skip
     jobs = []
@@ -118,6 +147,20 @@ def test_its_layers_are_named_in_the_log(reports):
 
 def test_it_can_be_reloaded(reports):
     assert reports["gptq"]["reload_keeps_every_byte"]
+
+
+def test_awq_keeps_its_integers_and_its_zero_points(reports, tiny_model):
+    assert "error" not in reports["awq"], reports["awq"]
+    assert all(reports["awq"]["texts"])
+    _, parts = awq(load_file(tiny_model / "model.safetensors"))
+    (found,) = reports["awq"]["digests"]
+    for module, (q, scales, zero) in parts.items():
+        scale, zero_point = (t.bfloat16().contiguous() for t in (scales, -zero))
+        weight = QuantizedWeight(pack_nibbles(q), scale, zero_point, GROUP, q.shape[1])
+        expected = RuntimeWeight.from_quantized(weight)
+        name = module.replace("backbone", "model")
+        assert found[f"{name}.weight_packed"] == digest(expected.words)
+        assert found[f"{name}.weight_scale"] == digest(expected.scales)
 
 
 def test_fp8_weights_are_quantized_again(reports):

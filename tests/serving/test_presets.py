@@ -19,9 +19,14 @@ pytestmark = [pytest.mark.compat, pytest.mark.slow]
 MODULES = {"ssm": 6, "balanced": 12, "quality": 2, "full": 15}
 # Held-out perplexity over that of BF16. The project's goals for plain min-max are 1.05 for `ssm`
 # and 1.10 for `balanced`; these are about twice what was measured (benchmarks/results).
-# Checkpoints that are int4 already, and the job that quantizes the same while loading.
-STORED = {preset: {"preset": preset} for preset in MODULES} | {"g32": {"group_size": 32}}
 LIMITS = {"ssm": 1.01, "balanced": 1.01, "quality": 1.01, "full": 1.025, "g32": 1.01, "g64": 1.01}
+# Recipes of checkpoints that are int4 already, by the job that quantizes the same while loading.
+STORED = {
+    "ssm": {"preset": "ssm"},
+    "balanced": {"preset": "balanced"},
+    "full": {"preset": "full"},
+    "g32": {"group_size": 32},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +34,19 @@ def reports(tiny_model, tmp_path_factory):
     windows = heldout_windows(tiny_model)
     jobs = [job("bf16", tiny_model, windows=windows)]
     jobs += [
-        job(preset, tiny_model, {"preset": preset}, windows=windows, digests=True)
+        job(
+            preset,
+            tiny_model,
+            {"preset": preset},
+            windows=windows,
+            digests=True,
+            reload=preset == "full",
+        )
         for preset in MODULES
     ]
     jobs += [
         job(f"g{g}", tiny_model, {"group_size": g}, windows=windows, digests=True) for g in (32, 64)
     ]
-    jobs.append(job("reload", tiny_model, {"preset": "full"}, reload=True))
     jobs.append(job("dummy", tiny_model, {}, engine={"load_format": "dummy"}))
     jobs.append(job("half", tiny_model, {}, engine={"dtype": "float16"}))
     jobs += stored_jobs(tiny_model, tmp_path_factory.mktemp("stored"))
@@ -49,7 +60,7 @@ def stored_jobs(tiny_model, folder):
         # Served as `vllm serve DIR`; the others say the same in other words.
         "full": {"reload": True},
         "ssm": {"engine": {"quantization": METHOD}},
-        "quality": {"options": {"max_capture_size": 4}},
+        "g32": {"options": {"max_capture_size": 4}},
         "balanced": {"engine": {"hf_overrides": {"quantization_config": {"preset": "balanced"}}}},
     }
     jobs = []
@@ -99,8 +110,7 @@ def test_dummy_weights_load(reports):
 
 
 def test_reloaded_weights_are_quantized_again_to_the_same_bytes(reports):
-    assert reports["reload"]["reload_keeps_every_byte"], reports["reload"]
-    assert reports["reload"]["tokens"] == reports["full"]["tokens"]
+    assert reports["full"]["reload_keeps_every_byte"], reports["full"]
 
 
 @pytest.mark.parametrize("name", STORED)

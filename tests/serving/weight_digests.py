@@ -6,11 +6,12 @@ import hashlib
 import torch
 
 
+def digest(tensor):
+    """SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
 def digests(model):
-    """SHA-256 of the bytes of every parameter and buffer, by name."""
+    """Digest of every parameter and buffer, by name."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {
-        name: hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor.dim()
-    }
+    return {name: digest(tensor) for name, tensor in tensors.items() if tensor.dim()}

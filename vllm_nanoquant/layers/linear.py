@@ -11,6 +11,7 @@ checkpoint take it too (``stored.py``).
 
 import math
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,6 +131,12 @@ class Int4LinearMethod(LinearMethodBase):
         Returns the bytes of the tensors.
         """
         weight = RuntimeWeight.from_quantized(quantized)
+        weight = replace(
+            weight,
+            words=weight.words.to(self.device),
+            scales=weight.scales.to(self.device),
+            arrivals=weight.arrivals.to(self.device),
+        )
         layer.register_parameter("weight_packed", Parameter(weight.words, requires_grad=False))
         layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
         # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
@@ -201,7 +208,7 @@ class NanoquantLinearMethod(Int4LinearMethod):
             weight_loader=loader,
         )
         weight.columns = columns
-        # Rows that only pad the vocabulary are never loaded (vLLM 0.32 and later read this).
+        # Rows that only pad the vocabulary are never loaded (vLLM 0.31 and later read this).
         weight.weight_loader_numel = self._rows_to_load(layer, rows) * columns.columns_read
         layer.register_parameter("weight", weight)
         self.ledger.expect(self.prefix)

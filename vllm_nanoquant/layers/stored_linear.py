@@ -28,6 +28,10 @@ from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, slice_c
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
 from vllm_nanoquant.stored import Int4Module, require_shape
 
+LARGE_BYTES = 384 << 20
+"""Tensors of a layer that are larger together do not go to the GPU; laying them out there takes
+their own size and some 70 MB more than the result. An LM head [131072, 4480] has 312 MB."""
+
 _TENSORS = {
     "weight_packed": torch.uint8,
     "weight_scale": torch.bfloat16,
@@ -153,6 +157,8 @@ class StoredLinearMethod(Int4LinearMethod):
         first, count = self._rows_read()[name]
         if isinstance(layer, ParallelLMHead):
             loader = _vocabulary_loader(layer.shard_indices, _PADDING[name])
+        if self._bytes_read(rows) > LARGE_BYTES:
+            loader = compat.loader_filling_on_cpu(layer, loader)
         tensor = StoredTensor(
             data=torch.empty(count, rows, device="meta", dtype=_TENSORS[name]),
             input_dim=0,
@@ -161,7 +167,7 @@ class StoredLinearMethod(Int4LinearMethod):
         )
         tensor.first = first
         tensor.place = f"{self.prefix}.{name}"
-        # Rows that only pad the vocabulary are never loaded (vLLM 0.32 and later read this).
+        # Rows that only pad the vocabulary are never loaded (vLLM 0.31 and later read this).
         tensor.weight_loader_numel = count * self._rows_to_load(layer, rows)
         return tensor
 
@@ -182,6 +188,11 @@ class StoredLinearMethod(Int4LinearMethod):
         groups = first_group, group_count(columns.columns_read, size)
         return {"weight_packed": packed, "weight_scale": groups, "weight_zero_point": groups}
 
+    def _bytes_read(self, rows: int) -> int:
+        """Bytes of the tensors that this rank reads, N being `rows`."""
+        read = self._rows_read()
+        return sum(read[name][1] * rows * dtype.itemsize for name, dtype in _TENSORS.items())
+
     def _take_quantized(self, layer: torch.nn.Module) -> QuantizedWeight:
         tensors = [getattr(layer, name) for name in _TENSORS]
         packed, scale, zero_point = (tensor.data for tensor in tensors)
@@ -200,7 +211,8 @@ class StoredLinearMethod(Int4LinearMethod):
             tensor.data = tensor.data.new_empty(0)
             delattr(layer, name)
         if order is not None:
-            layer.register_parameter("weight_order", Parameter(order, requires_grad=False))
+            order = Parameter(order.to(self.device), requires_grad=False)
+            layer.register_parameter("weight_order", order)
         return quantized
 
     def _require_finite(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
