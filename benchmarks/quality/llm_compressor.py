@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""W4A16 checkpoints of a model by llm-compressor, to compare ours with.
+
+It wants versions of its own of transformers and compressed-tensors, so it gets an environment of
+its own; vllm_nanoquant only cuts the calibration text, so that both tools see the same tokens:
+
+    python -m venv llmc && llmc/bin/pip install llmcompressor==0.14.0.1 tokenizers -e .
+    llmc/bin/python benchmarks/quality/llm_compressor.py models/tiny-nemotron-h llmc-out \
+        --calibration-text train.txt
+
+Each variant is a folder of its own:
+
+    rtn-sym, rtn-asym    round to nearest within each group's smallest and largest weight
+    mse-sym, mse-asym    round to nearest within the range that llm-compressor's mse observer finds
+    gptq-sym, gptq-asym  GPTQ, ranges by the mse observer, llm-compressor's own damping (0.01 of the
+                         mean diagonal) and order of columns ("static")
+
+All leave the LM head and the embedding alone, as its W4A16 recipes do. A group must divide every
+linear's inputs; 32 does in the shipped model, 128 does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_nanoquant.calibration.text import load_sequences, load_tokenizer
+
+VARIANTS = ("rtn-sym", "rtn-asym", "mse-sym", "mse-asym", "gptq-sym", "gptq-asym")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+SCAN_CHUNK = 16
+"""As in evaluate.py: makes the scan of Mamba layers in plain PyTorch quicker, not different."""
+RECORD = "llm_compressor.json"
+"""Beside the folders: what made each of them."""
+
+
+def recipe(variant: str, group_size: int, ignore: list[str]) -> Any:
+    """The modifier of llm-compressor that makes a variant."""
+    from llmcompressor.modifiers.quantization import (  # type: ignore[import-not-found]
+        GPTQModifier,
+        QuantizationModifier,
+    )
+
+    algorithm, _, symmetry = variant.partition("-")
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": symmetry == "sym",
+        "strategy": "group",
+        "group_size": group_size,
+        "observer": "minmax" if algorithm == "rtn" else "mse",
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    modifier = GPTQModifier if algorithm == "gptq" else QuantizationModifier
+    return modifier(config_groups=groups, ignore=ignore)
+
+
+def calibration(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `oneshot` for GPTQ: the calibration text as a data set."""
+    from datasets import Dataset  # type: ignore[import-not-found]
+
+    sequences = load_sequences(
+        arguments.calibration_text, load_tokenizer(model), arguments.samples, arguments.length
+    )
+    columns = {
+        "input_ids": [ids.tolist() for ids in sequences],
+        "attention_mask": [[1] * len(ids) for ids in sequences],
+    }
+    return {
+        "dataset": Dataset.from_dict(columns),
+        "num_calibration_samples": len(sequences),
+        "max_seq_length": arguments.length,
+    }
+
+
+def compress(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make one variant's folder; what made it, for the record."""
+    from llmcompressor import oneshot  # type: ignore[import-not-found]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(arguments.model)
+    chunk = getattr(config, "chunk_size", None)
+    if chunk is not None:
+        config.chunk_size = SCAN_CHUNK
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, config=config, dtype=torch.bfloat16
+    )
+    options: dict[str, Any] = {}
+    record: dict[str, Any] = {"group_size": arguments.group_size, "ignore": arguments.ignore}
+    if variant.startswith("gptq"):
+        options = calibration(arguments.model, arguments)
+        tokens = sum(len(ids) for ids in options["dataset"]["input_ids"])
+        record["calibration_tokens"] = tokens
+    start = time.perf_counter()
+    modifier = recipe(variant, arguments.group_size, arguments.ignore)
+    oneshot(model=model, recipe=modifier, **options)
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    if chunk is not None:
+        model.config.chunk_size = chunk
+    target = arguments.output / variant
+    model.save_pretrained(target, save_compressed=True)
+    for name in TOKENIZER:
+        shutil.copy(arguments.model / name, target / name)
+    return record
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of the stock checkpoint")
+    parser.add_argument("output", type=Path, help="folder to make the variants' folders in")
+    parser.add_argument("--calibration-text", type=Path, help="plain text, for gptq")
+    parser.add_argument("--samples", type=int, default=32, help="sequences of it")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--group-size", type=int, default=32)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--ignore", nargs="+", default=["lm_head"], help="names, or re:REGEX")
+    arguments = parser.parse_args()
+    needs_text = any(variant.startswith("gptq") for variant in arguments.variants)
+    if needs_text and arguments.calibration_text is None:
+        parser.error("gptq needs --calibration-text")
+    packages = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+    records: dict[str, Any] = {"packages": {name: version(name) for name in packages}}
+    for variant in arguments.variants:
+        records[variant] = compress(variant, arguments)
+        text = json.dumps(records, indent=1) + "\n"
+        (arguments.output / RECORD).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
