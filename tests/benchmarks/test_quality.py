@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.quality import table
 from benchmarks.quality.metrics import Scores, difference, paired_difference
 from benchmarks.quality.served import last_error
 from benchmarks.quality.weights import read_weights
@@ -160,3 +162,14 @@ def test_a_checkpoint_of_llm_compressor_is_read_by_its_formula(small, tmp_path):
     expected = (q - 8) * scale.double().repeat_interleave(32, dim=1)
     torch.testing.assert_close(weights.tensors[f"{NAME}.weight"].double(), expected)
     assert weights.bits_per_weight == pytest.approx(4 + 16 / 32 + 2 * 64 / (8 * 64))
+
+
+def test_the_tables_in_the_documentation_are_those_of_the_results():
+    text = (Path(__file__).parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
+    quality, served = (json.loads(path.read_text()) for path in (table.QUALITY, table.SERVED))
+    for rows in (
+        table.quality_rows(quality),
+        table.comparison_rows(quality),
+        table.served_rows(served),
+    ):
+        assert "\n".join(rows) in text
