@@ -9,10 +9,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm_nanoquant import compat
+from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.recipe import METHOD, RecipeError, ServingOptions
-from vllm_nanoquant.stored import Int4Module
 
 pytestmark = pytest.mark.compat
 

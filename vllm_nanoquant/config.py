@@ -21,6 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from vllm_nanoquant import __version__, compat, compilation
+from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.command_line import RIGHT_FLAG
 from vllm_nanoquant.inventory import (
     READABLE_METHODS,
@@ -32,7 +33,6 @@ from vllm_nanoquant.inventory import (
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
 from vllm_nanoquant.roles import Role, layer_kinds, role_of
-from vllm_nanoquant.stored import Int4Module
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

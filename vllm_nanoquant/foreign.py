@@ -22,9 +22,9 @@ from vllm_nanoquant.checkpoint.formats import (
 )
 from vllm_nanoquant.checkpoint.formats.redhelix import WEIGHTS_FILE
 from vllm_nanoquant.checkpoint.naming import ORDER, PACKED, ZERO_POINT
+from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
 from vllm_nanoquant.roles import LayerKind, Role, role_of
-from vllm_nanoquant.stored import Int4Module
 
 _GROUP_INDICES = frozenset({"g_idx", "weight_g_idx"})
 _TAKEN_OVER = "as stored"

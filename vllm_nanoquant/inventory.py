@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from vllm_nanoquant.checkpoint.naming import CONFIG, INDEX, PACKED, modules_with_weights
-from vllm_nanoquant.command_line import RIGHT_FLAG
-from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
-from vllm_nanoquant.roles import LayerKind
-from vllm_nanoquant.stored import (
+from vllm_nanoquant.checkpoint.stored import (
     FORMAT_KEYS,
     Int4Module,
     read_modules,
     require_every_file,
     require_known_version,
 )
+from vllm_nanoquant.command_line import RIGHT_FLAG
+from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
+from vllm_nanoquant.roles import LayerKind
 
 if TYPE_CHECKING:
     from vllm_nanoquant.foreign import ForeignWeights

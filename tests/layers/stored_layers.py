@@ -7,10 +7,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_processin
 
 from tests.checkpoints import int4_tensors
 from tests.layers.fake_ranks import random_weight
+from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.recipe import ServingOptions
-from vllm_nanoquant.stored import Int4Module
 
 HIDDEN = 200
 MIXER = "model.layers.0.mixer"

@@ -11,10 +11,10 @@ from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, pr
 from vllm_nanoquant.checkpoint.header import TensorEntry
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
+from vllm_nanoquant.checkpoint.stored import int4_schemes
 from vllm_nanoquant.checkpoint.writer import OutputTensor
 from vllm_nanoquant.recipe import METHOD, Recipe, Scheme
 from vllm_nanoquant.roles import LayerKind
-from vllm_nanoquant.stored import int4_schemes
 
 QUANTIZABLE = ("BF16", "F16", "F32")
 

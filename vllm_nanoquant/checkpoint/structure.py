@@ -10,14 +10,14 @@ from vllm_nanoquant.checkpoint import naming
 from vllm_nanoquant.checkpoint.errors import CheckpointError, at, printable
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
-from vllm_nanoquant.recipe import METHOD, Recipe, RecipeError, Scheme
-from vllm_nanoquant.roles import LayerKind
-from vllm_nanoquant.stored import (
+from vllm_nanoquant.checkpoint.stored import (
     FORMAT_KEYS,
     header_problems,
     int4_schemes,
     require_known_version,
 )
+from vllm_nanoquant.recipe import METHOD, Recipe, RecipeError, Scheme
+from vllm_nanoquant.roles import LayerKind
 
 
 def stored_recipe(config: dict[str, Any]) -> dict[str, Any] | None:

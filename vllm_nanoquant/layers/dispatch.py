@@ -10,11 +10,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from vllm_nanoquant import compat
+from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.layers.linear import NanoquantLinearMethod
 from vllm_nanoquant.layers.stored_linear import StoredLinearMethod
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.recipe import METHOD, Scheme
-from vllm_nanoquant.stored import Int4Module
 
 logger = compat.init_logger(__name__)
 

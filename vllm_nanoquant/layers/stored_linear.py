@@ -21,12 +21,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from vllm_nanoquant import compat
+from vllm_nanoquant.checkpoint.stored import Int4Module, require_shape
 from vllm_nanoquant.layers.linear import Int4LinearMethod
 from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, slice_columns
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
-from vllm_nanoquant.stored import Int4Module, require_shape
 
 LARGE_BYTES = 384 << 20
 """Tensors of a layer that are larger together do not go to the GPU; laying them out there takes

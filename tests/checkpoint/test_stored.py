@@ -3,15 +3,15 @@
 
 import pytest
 
-from vllm_nanoquant.recipe import Recipe, RecipeError
-from vllm_nanoquant.roles import LayerKind
-from vllm_nanoquant.stored import (
+from vllm_nanoquant.checkpoint.stored import (
     Int4Module,
     read_modules,
     require_every_file,
     require_known_version,
     require_shape,
 )
+from vllm_nanoquant.recipe import Recipe, RecipeError
+from vllm_nanoquant.roles import LayerKind
 
 IN_PROJ, UP_PROJ = "backbone.layers.0.mixer.in_proj", "backbone.layers.1.mixer.up_proj"
 
