@@ -175,11 +175,11 @@ def test_chunks_and_threads_change_nothing(
 
 def test_temporaries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the mode sees one thread
-    weight = torch.randn(1024, 1100, generator=seeded(13)).bfloat16()
+    weight = torch.randn(4096, 1100, generator=seeded(13)).bfloat16()
     importance = torch.rand(1100, generator=seeded(14))
     with LargestAllocation(weight) as memory:
         result = quantize_mse(weight, 128, importance=importance)
-    assert 1 << 18 < memory.peak - result.nbytes <= 2 << 20
+    assert 8 << 20 < memory.peak - result.nbytes <= 32 << 20
 
 
 def test_the_weight_is_left_alone_and_may_be_a_parameter() -> None:

@@ -31,10 +31,10 @@ from vllm_nanoquant.quantize.ranges import (
     validate_weight,
 )
 
-# Weights searched at a time on a CPU, by each of its threads. Below 2^15 PyTorch runs an operation
-# on the calling thread: no thread waits for another, which costs much where cores are shared.
-CHUNK_WEIGHTS_CPU = (1 << 15) - 1
-# On a GPU; temporaries take about 40 bytes per weight.
+# Weights searched at a time on a CPU, by each of its threads: enough that Python does not decide the
+# speed. Temporaries take about 40 bytes per weight.
+CHUNK_WEIGHTS_CPU = 1 << 19
+# On a GPU.
 CHUNK_WEIGHTS_GPU = 1 << 22
 
 # The search, as fractions of the min-max range. More tries bring little: docs/algorithms.md.
@@ -64,7 +64,7 @@ def quantize_mse(
         importance: weight of each input column's error, [K], at least 0; None for 1 everywhere.
 
     Returns:
-        The quantized weight; the same bytes on every device. Temporaries are bounded: 2 MB for
+        The quantized weight; the same bytes on every device. Temporaries are bounded: 32 MB for
         each thread of a CPU, 256 MB on a GPU (one row's worth if a row alone needs more).
 
     Raises:
@@ -132,7 +132,9 @@ def _for_each_chunk(
 ) -> None:
     """Call `work` for every chunk of the rows of a segment, on a CPU in as many threads as PyTorch.
 
-    Chunks write to different parts of the result, and no result depends on how rows are cut.
+    Chunks write to different parts of the result, and no result depends on how rows are cut. Each
+    thread gets one of PyTorch's: those would wait for each other after every operation, which costs
+    much where cores are shared.
     """
     on_cpu = device.type == "cpu"
     limit = CHUNK_WEIGHTS_CPU if on_cpu else CHUNK_WEIGHTS_GPU
@@ -144,9 +146,12 @@ def _for_each_chunk(
         for part in parts:
             work(segment, part)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda part: work(segment, part), parts):
-            pass
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(lambda part: work(segment, part), parts):
+                pass
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _quantize_chunk(
