@@ -31,8 +31,8 @@ from vllm_nanoquant.quantize.ranges import (
     validate_weight,
 )
 
-# Weights searched at a time on a CPU, by each of its threads: enough that Python does not decide the
-# speed. Temporaries take about 40 bytes per weight.
+# Weights searched at a time by each thread of a CPU: enough that Python does not decide the speed.
+# Temporaries take about 40 bytes per weight.
 CHUNK_WEIGHTS_CPU = 1 << 19
 # On a GPU.
 CHUNK_WEIGHTS_GPU = 1 << 22
@@ -64,8 +64,8 @@ def quantize_mse(
         importance: weight of each input column's error, [K], at least 0; None for 1 everywhere.
 
     Returns:
-        The quantized weight; the same bytes on every device. Temporaries are bounded: 32 MB for
-        each thread of a CPU, 256 MB on a GPU (one row's worth if a row alone needs more).
+        The quantized weight; the same bytes on every device. Temporaries are bounded: 32 MB for each
+        thread of a CPU, 256 MB on a GPU (one row's worth if a row alone needs more).
 
     Raises:
         ValueError: another dtype, an empty weight, an unknown group size, weights that are not
