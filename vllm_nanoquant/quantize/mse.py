@@ -64,7 +64,7 @@ def quantize_mse(
         importance: weight of each input column's error, [K], at least 0; None for 1 everywhere.
 
     Returns:
-        The quantized weight; the same bytes on every device. Temporaries take at most 32 MB for each
+        The quantized weight; the same bytes on every device. Temporaries: at most 32 MB for each
         thread of a CPU, 256 MB on a GPU (one row's worth if a row alone needs more).
 
     Raises:
