@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from vllm_nanoquant.cli.output import OK, add_json_option, print_json
+from vllm_nanoquant.cli.output import OK, add_command, add_json_option, print_json
 
 _EXAMPLES = """\
 examples:
@@ -18,12 +18,12 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to argparse's sub-parsers."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "card",
-        help="write a model card",
-        description="Write README.md for a checkpoint from its report and from measured results.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "write a model card",
+        "Write README.md for a checkpoint from its report and from measured results.",
+        _EXAMPLES,
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint")
     parser.add_argument(

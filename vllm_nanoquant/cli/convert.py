@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from vllm_nanoquant.cli.output import (
     OK,
+    RUN_AGAIN,
+    add_command,
     add_json_option,
+    add_source_and_target,
+    add_writing_options,
     check_device,
     megabytes,
     print_json,
     progress,
-    size_option,
 )
 
 _DESCRIPTION = """\
@@ -36,16 +38,14 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to argparse's sub-parsers."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "convert",
-        help="take over a checkpoint of another tool, or hand one to it",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "take over a checkpoint of another tool, or hand one to it",
+        _DESCRIPTION,
+        _EXAMPLES,
     )
-    parser.add_argument("source", metavar="SRC", help="folder, or model id of the Hugging Face Hub")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
-    parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
+    add_source_and_target(parser)
     parser.add_argument(
         "--to",
         choices=("nanoquant", "pack-quantized"),
@@ -66,20 +66,9 @@ def add_to(commands: Any) -> None:
         default="mse",
         help="how integers are chosen: mse (default) searches, minmax is quicker",
     )
-    parser.add_argument(
-        "--max-shard-size",
-        type=size_option,
-        default="4.5GB",
-        metavar="SIZE",
-        help="largest file of the result (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        help="cpu (default; every core), cuda or cuda:1 for the arithmetic",
-    )
+    add_writing_options(parser)
     add_json_option(parser)
-    parser.set_defaults(run=run, after_interrupt="; run the same command again to go on")
+    parser.set_defaults(run=run, after_interrupt=RUN_AGAIN)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,7 +6,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_nanoquant.cli.output import OK, add_json_option, megabytes, print_json, print_table
+from vllm_nanoquant.cli.output import (
+    OK,
+    add_command,
+    add_json_option,
+    megabytes,
+    print_json,
+    print_table,
+)
 
 _EXAMPLES = """\
 examples:
@@ -17,12 +24,12 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to argparse's sub-parsers."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "inspect",
-        help="say what a checkpoint is",
-        description="Say what a checkpoint is, by its config.json and headers; no weight is read.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "say what a checkpoint is",
+        "Say what a checkpoint is, by its config.json and headers; no weight is read.",
+        _EXAMPLES,
     )
     parser.add_argument("folder", metavar="DIR", help="folder, or model id of the Hugging Face Hub")
     add_json_option(parser)

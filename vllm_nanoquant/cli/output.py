@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 OK = 0
@@ -14,7 +15,47 @@ PROBLEM = 1
 USAGE = 2
 """What was asked for makes no sense; argparse uses the same."""
 
+RUN_AGAIN = "; run the same command again to go on"
+"""What to say after an interruption of work that can be resumed."""
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def add_command(
+    commands: Any, name: str, summary: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a command, without options yet, to argparse's sub-parsers."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_source_and_target(parser: argparse.ArgumentParser) -> None:
+    """Add what a command reads and what it makes."""
+    parser.add_argument("source", metavar="SRC", help="folder, or model id of the Hugging Face Hub")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Add how a checkpoint is written."""
+    parser.add_argument(
+        "--max-shard-size",
+        type=size_option,
+        default="4.5GB",
+        metavar="SIZE",
+        help="largest file of the result (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu (default; every core), cuda or cuda:1 for the arithmetic",
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_nanoquant.cli.output import (
     OK,
+    RUN_AGAIN,
+    add_command,
     add_json_option,
+    add_source_and_target,
+    add_writing_options,
     check_device,
     megabytes,
     print_json,
     print_table,
     progress,
-    size_option,
 )
 
 if TYPE_CHECKING:
@@ -42,16 +45,14 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to argparse's sub-parsers."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "quantize",
-        help="make an int4 checkpoint of a stock one",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "make an int4 checkpoint of a stock one",
+        _DESCRIPTION,
+        _EXAMPLES,
     )
-    parser.add_argument("source", metavar="SRC", help="folder, or model id of the Hugging Face Hub")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
-    parser.add_argument("--revision", help="branch, tag or commit of a model of the Hub")
+    add_source_and_target(parser)
     recipe = parser.add_argument_group(
         "recipe", "ignore goes before override, override before preset"
     )
@@ -104,23 +105,12 @@ def add_to(commands: Any) -> None:
         metavar="TOKENS",
         help="most tokens of a sequence (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max-shard-size",
-        type=size_option,
-        default="4.5GB",
-        metavar="SIZE",
-        help="largest file of the result (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        help="cpu (default; every core), cuda or cuda:1 for the arithmetic",
-    )
+    add_writing_options(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="write nothing; say what would be done and needed"
     )
     add_json_option(parser)
-    parser.set_defaults(run=run, after_interrupt="; run the same command again to go on")
+    parser.set_defaults(run=run, after_interrupt=RUN_AGAIN)
 
 
 def override_option(text: str) -> tuple[str, dict[str, int]]:

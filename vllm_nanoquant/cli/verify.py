@@ -10,6 +10,7 @@ from typing import Any
 from vllm_nanoquant.cli.output import (
     OK,
     PROBLEM,
+    add_command,
     add_json_option,
     megabytes,
     print_json,
@@ -25,12 +26,12 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to argparse's sub-parsers."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verify",
-        help="check a checkpoint, with neither GPU nor vLLM",
-        description="Check every file, header and byte of a checkpoint, quantized or stock.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "check a checkpoint, with neither GPU nor vLLM",
+        "Check every file, header and byte of a checkpoint, quantized or stock.",
+        _EXAMPLES,
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="the checkpoint")
     parser.add_argument(
