@@ -11,6 +11,7 @@ checkpoint take it too (``stored.py``).
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +64,8 @@ class Int4LinearMethod(LinearMethodBase):
 
     uses_meta_device = True
     """Tells vLLM's loaders that a layer is processed as soon as its weights are there."""
+    columns: ColumnShare
+    """What this rank reads of K, and what of that it keeps; known once the layer is built."""
 
     def __init__(self, scheme: Scheme, prefix: str, ledger: Ledger) -> None:
         """Make the method of one layer.
@@ -81,6 +84,44 @@ class Int4LinearMethod(LinearMethodBase):
         self.device = torch.get_default_device()
         # Dummy weights never come through a loader, so there is nothing to count.
         self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Give the layer what its checkpoint has for it, on the meta device.
+
+        Raises:
+            ValueError: a Mamba in_proj whose single B/C group would be split over ranks, or what
+                `_prepare` refuses.
+        """
+        self._refuse_single_group_in_proj(layer)
+        self.dtype = params_dtype
+        rank = getattr(layer, "tp_rank", 0)
+        self.columns = column_share(
+            input_size, input_size_per_partition, rank, self.scheme.group_size
+        )
+        rows = sum(output_partition_sizes)
+        self._prepare(layer, rows, input_size, output_size, extra_weight_attrs["weight_loader"])
+        self.ledger.expect(self.prefix)
+        compat.process_when_loaded(layer)
+
+    @abstractmethod
+    def _prepare(
+        self,
+        layer: torch.nn.Module,
+        rows: int,
+        input_size: int,
+        output_size: int,
+        loader: Callable[..., Any],
+    ) -> None:
+        """Register what is loaded; N is `rows` on this rank, [output_size, input_size] in all."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace what was loaded by the tensors of the runtime layout.
@@ -178,31 +219,19 @@ class Int4LinearMethod(LinearMethodBase):
 class NanoquantLinearMethod(Int4LinearMethod):
     """Quantizes a layer's weight when it has been loaded."""
 
-    def create_weights(
+    def _prepare(
         self,
         layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
+        rows: int,
         input_size: int,
         output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+        loader: Callable[..., Any],
     ) -> None:
-        """Give the layer its BF16 weight, on the meta device.
-
-        Raises:
-            ValueError: a Mamba in_proj whose single B/C group would be split over ranks.
-        """
-        self._refuse_single_group_in_proj(layer)
-        self.dtype = params_dtype
-        rank = getattr(layer, "tp_rank", 0)
-        columns = column_share(input_size, input_size_per_partition, rank, self.scheme.group_size)
-        rows = sum(output_partition_sizes)
-        loader = extra_weight_attrs["weight_loader"]
-        if rows * columns.columns_read * params_dtype.itemsize > LARGE_WEIGHT_BYTES:
+        columns = self.columns
+        if rows * columns.columns_read * self.dtype.itemsize > LARGE_WEIGHT_BYTES:
             loader = compat.loader_filling_on_cpu(layer, loader)
         weight = GroupAlignedWeight(
-            data=torch.empty(rows, columns.columns_read, device="meta", dtype=params_dtype),
+            data=torch.empty(rows, columns.columns_read, device="meta", dtype=self.dtype),
             input_dim=1,
             output_dim=0,
             weight_loader=loader,
@@ -211,8 +240,6 @@ class NanoquantLinearMethod(Int4LinearMethod):
         # Rows that only pad the vocabulary are never loaded (vLLM 0.31 and later read this).
         weight.weight_loader_numel = self._rows_to_load(layer, rows) * columns.columns_read
         layer.register_parameter("weight", weight)
-        self.ledger.expect(self.prefix)
-        compat.process_when_loaded(layer)
 
     def _take_quantized(self, layer: torch.nn.Module) -> QuantizedWeight:
         weight = layer.weight

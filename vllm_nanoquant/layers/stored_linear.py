@@ -23,7 +23,6 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm_nanoquant import compat
 from vllm_nanoquant.checkpoint.stored import Int4Module, require_shape
 from vllm_nanoquant.layers.linear import Int4LinearMethod
-from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, slice_columns
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
@@ -87,9 +86,6 @@ class StoredTensor(ModelWeightParameter):
 class StoredLinearMethod(Int4LinearMethod):
     """Serves a weight that is int4 in the checkpoint."""
 
-    columns: ColumnShare
-    """What this rank reads of K, and what of that it keeps; known once the layer is built."""
-
     def __init__(
         self, scheme: Scheme, prefix: str, ledger: Ledger, headers: Sequence[Int4Module] = ()
     ) -> None:
@@ -112,43 +108,24 @@ class StoredLinearMethod(Int4LinearMethod):
         if self.ordered and not all(header.ordered for header in headers):
             raise RecipeError(self._orders_differ())
 
-    def create_weights(
+    def _prepare(
         self,
         layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
+        rows: int,
         input_size: int,
         output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
+        loader: Callable[..., Any],
     ) -> None:
-        """Give the layer the checkpoint's tensors, on the meta device.
-
-        Raises:
-            ValueError: a Mamba in_proj whose single B/C group would be split over ranks, columns in
-                another order split over ranks, or a weight of another shape than the model's.
-        """
-        self._refuse_single_group_in_proj(layer)
         if self.headers:
             require_shape(self.headers, _rows_stored(layer, output_size), input_size, self.prefix)
-        self._refuse_split_order(input_size_per_partition, input_size)
-        self.dtype = params_dtype
-        rank = getattr(layer, "tp_rank", 0)
-        self.columns = column_share(
-            input_size, input_size_per_partition, rank, self.scheme.group_size
-        )
-        rows = sum(output_partition_sizes)
+        self._refuse_split_order(self.columns.stop - self.columns.start, input_size)
         for name in _TENSORS:
-            layer.register_parameter(
-                name, self._tensor(layer, name, rows, extra_weight_attrs["weight_loader"])
-            )
+            layer.register_parameter(name, self._tensor(layer, name, rows, loader))
         if self.ordered:
             data = torch.empty(len(self.headers), input_size, device="meta", dtype=torch.int32)
             order = Parameter(data, requires_grad=False)
             order.weight_loader = _load_order
             layer.register_parameter("weight_order", order)
-        self.ledger.expect(self.prefix)
-        compat.process_when_loaded(layer)
 
     def _tensor(
         self, layer: torch.nn.Module, name: str, rows: int, loader: Callable[..., Any]
