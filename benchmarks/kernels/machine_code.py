@@ -37,6 +37,12 @@ _POINTERS = {
     "scales_ptr": "i32",
     "arrivals_ptr": "i32",
     "partial_ptr": "fp32",
+    "ids_ptr": "i32",
+    "map_ptr": "i32",
+    "order_ptr": "i32",
+    "starts_ptr": "i32",
+    "plan_ptr": "i32",
+    "weights_ptr": "fp32",
 }
 _ALWAYS_ALIGNED = (*_POINTERS, "arranged_ptr", "w_ptr", "y_ptr", "scale_stride")
 _LABEL = re.compile(r"\s*(\.L_\S+):")

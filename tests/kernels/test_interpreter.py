@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("interpreted_cases.py")
 
-
-def test_kernels_in_the_interpreter() -> None:
-    """Runs `interpreted_cases.py`; a crash there is an access outside a tensor."""
+@pytest.mark.parametrize("cases", ["interpreted_cases.py", "interpreted_moe_cases.py"])
+def test_kernels_in_the_interpreter(cases: str) -> None:
+    """Runs a file of cases; a crash there is an access outside a tensor."""
+    path = str(Path(__file__).with_name(cases))
     run = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-m", "pytest", "-qx", "--noconftest", str(CASES)],
+        [sys.executable, "-X", "faulthandler", "-m", "pytest", "-qx", "--noconftest", path],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -106,6 +106,42 @@ def over_tokens(scales: tl.tensor, T: tl.constexpr, M: tl.constexpr) -> tl.tenso
     return tl.reshape(tl.broadcast_to(scales, (T, 2, 8, M // 8, 4, 2)), (T, 16, M))
 
 
+@triton.jit
+def add_run(
+    dot: tl.tensor,
+    words: tl.tensor,
+    x_0: tl.tensor,
+    x_1: tl.tensor,
+    run: tl.constexpr,
+    TILES: tl.constexpr,
+    W: tl.constexpr,
+    M: tl.constexpr,
+) -> tl.tensor:
+    """Add to dot [T, 16, M] the products of one of two runs of 32 columns of half a chunk."""
+    dtype: tl.constexpr = x_0.dtype
+    operand = weight_operand(words, run * 2, TILES * W, dtype)
+    dot = tl.dot(operand, for_each_tile(x_0, TILES, W, M), dot)
+    operand = weight_operand(words, run * 2 + 1, TILES * W, dtype)
+    return tl.dot(operand, for_each_tile(x_1, TILES, W, M), dot)
+
+
+@triton.jit
+def scaled(
+    group: tl.tensor,
+    dot: tl.tensor,
+    x_sum: tl.tensor,
+    TILES: tl.constexpr,
+    W: tl.constexpr,
+    M: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """Compute s * (dot + z * sum(x)) of a group: [T, 16, M]; words as `over_tokens` takes them."""
+    group = over_tokens(group, TILES * W, M)
+    scale = (group << 16).to(tl.float32, bitcast=True)
+    zero = (group & -65536).to(tl.float32, bitcast=True) - magic_bias(dtype)
+    return scale * (dot + zero * for_each_tile(x_sum, TILES, W, M))
+
+
 @triton.jit(do_not_specialize=["tokens", "chunks"])
 def decode_kernel(
     x_ptr: tl.tensor,
@@ -190,18 +226,12 @@ def decode_kernel(
             )
             x_0, x_1 = token_operands(x, W, M)
             words = words_0 if run < 2 else words_1
-            operand = weight_operand(words, run % 2 * 2, T, dtype)
-            dot = tl.dot(operand, for_each_tile(x_0, TILES, W, M), dot)
-            operand = weight_operand(words, run % 2 * 2 + 1, T, dtype)
-            dot = tl.dot(operand, for_each_tile(x_1, TILES, W, M), dot)
+            dot = add_run(dot, words, x_0, x_1, run % 2, TILES, W, M)
             x_sum = tl.dot(ones, x_0, x_sum)
             x_sum = tl.dot(ones, x_1, x_sum)
             if (run + 1) * PER_CHUNK % 4 == 0:
                 group = scales_of_group(scales, run * PER_CHUNK // 4, T, PER_CHUNK)
-                group = over_tokens(group, T, M)
-                scale = (group << 16).to(tl.float32, bitcast=True)
-                zero = (group & -65536).to(tl.float32, bitcast=True) - magic_bias(dtype)
-                y += scale * (dot + zero * for_each_tile(x_sum, TILES, W, M))
+                y += scaled(group, dot, x_sum, TILES, W, M, dtype)
                 dot = tl.zeros((T, 16, M), tl.float32)
                 x_sum = tl.zeros((W, 16, M), tl.float32)
     # own tile, n, row, token

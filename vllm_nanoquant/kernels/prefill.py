@@ -17,7 +17,7 @@ from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight
 from vllm_nanoquant.kernels.weights import half_weights
 
 # One Mamba in_proj of Nemotron-Nano-9B-v2 (22656 x 4480) fits whole; the LM head goes in parts.
-SCRATCH_BYTES = 256 << 20
+SCRATCH_BYTES = 200 << 20
 TILES = 4
 NUM_WARPS = 8
 
