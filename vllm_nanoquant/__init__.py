@@ -10,17 +10,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_nanoquant.config import NanoquantConfig
+    from vllm_nanoquant.nn import W4A16Linear, quantize_w4, w4a16_linear
     from vllm_nanoquant.plugin import register
     from vllm_nanoquant.recipe import Recipe
+    from vllm_nanoquant.serving.patch import PatchReport, patch_nemotron_h
 
 __version__ = "0.1.0"
 
-__all__ = ["NanoquantConfig", "Recipe", "__version__", "register"]
+__all__ = [
+    "NanoquantConfig",
+    "PatchReport",
+    "Recipe",
+    "W4A16Linear",
+    "__version__",
+    "patch_nemotron_h",
+    "quantize_w4",
+    "register",
+    "w4a16_linear",
+]
 
 _HOMES = {
     "NanoquantConfig": "vllm_nanoquant.config",
+    "PatchReport": "vllm_nanoquant.serving.patch",
     "Recipe": "vllm_nanoquant.recipe",
+    "W4A16Linear": "vllm_nanoquant.nn",
+    "patch_nemotron_h": "vllm_nanoquant.serving.patch",
+    "quantize_w4": "vllm_nanoquant.nn",
     "register": "vllm_nanoquant.plugin",
+    "w4a16_linear": "vllm_nanoquant.nn",
 }
 
 

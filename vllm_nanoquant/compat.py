@@ -34,6 +34,8 @@ __all__ = [
     "require_supported_vllm",
     "revision_of",
     "translate_weights",
+    "workers_have",
+    "workers_take_functions",
     "wrap_set_cudagraph_sizes",
 ]
 
@@ -245,3 +247,23 @@ def wrap_set_cudagraph_sizes(before: Callable[[VllmConfig], None]) -> None:
     _set_cudagraph_sizes.__doc__ = original.__doc__
     setattr(_set_cudagraph_sizes, _WRAPPED, original)
     VllmConfig._set_cudagraph_sizes = _set_cudagraph_sizes
+
+
+def workers_have(llm: Any, extension: type) -> bool:
+    """Whether the workers of an ``LLM`` were started with an extension class, or one made of it."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    name = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls
+    return bool(name) and issubclass(resolve_obj_by_qualname(name), extension)
+
+
+def workers_take_functions(llm: Any) -> bool:
+    """Whether ``collective_rpc`` of an ``LLM`` takes functions besides the names of methods.
+
+    An engine in another process takes them only where unpickling is allowed (0.26 to 0.33).
+    """
+    from vllm import envs
+    from vllm.v1.engine.core_client import InprocClient
+
+    in_process = isinstance(llm.llm_engine.engine_core, InprocClient)
+    return in_process or bool(envs.VLLM_ALLOW_INSECURE_SERIALIZATION)

@@ -66,6 +66,17 @@ def padded(out_features: int, in_features: int, group_offset: int) -> tuple[int,
     return -(-out_features // BLOCK), -(-(in_features + group_offset) // CHUNK)
 
 
+def runtime_shapes(
+    out_features: int, in_features: int, group_size: int, group_offset: int = 0
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the words and of the scales of a weight [N, K]."""
+    blocks, chunks = padded(out_features, in_features, group_offset)
+    tiles = blocks * BLOCK // TILE
+    scale_chunks = 1 if group_size == WHOLE_ROW else chunks
+    words = (blocks, chunks, BLOCK // TILE, TILE_WORDS)
+    return words, (scale_chunks, tiles, 8, 2, groups_per_chunk(group_size))
+
+
 def validate_runtime(
     words: torch.Tensor,
     scales: torch.Tensor,
@@ -79,13 +90,11 @@ def validate_runtime(
     validate_group(group_size, group_offset)
     if out_features < 1 or in_features < 1:
         raise ValueError(f"a weight [{out_features}, {in_features}] has no elements")
-    blocks, chunks = padded(out_features, in_features, group_offset)
-    tiles = blocks * BLOCK // TILE
-    scale_chunks = 1 if group_size == WHOLE_ROW else chunks
+    shapes = runtime_shapes(out_features, in_features, group_size, group_offset)
     expected = {
-        "words": (words, (blocks, chunks, BLOCK // TILE, TILE_WORDS)),
-        "scales": (scales, (scale_chunks, tiles, 8, 2, groups_per_chunk(group_size))),
-        "arrivals": (arrivals, (blocks * ARRIVALS_PER_BLOCK,)),
+        "words": (words, shapes[0]),
+        "scales": (scales, shapes[1]),
+        "arrivals": (arrivals, (shapes[0][0] * ARRIVALS_PER_BLOCK,)),
     }
     for name, (tensor, shape) in expected.items():
         if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():

@@ -56,11 +56,69 @@ class GroupAlignedWeight(ModelWeightParameter):
         self.data.copy_(part)
 
 
-class Int4LinearMethod(LinearMethodBase):
-    """Multiplies by int4 weights; a subclass says where they come from.
+class Int4Product(LinearMethodBase):
+    """Multiplies by an int4 weight in the runtime layout, which it gives to its layer.
 
     Covers replicated, column-, row-, merged- and QKV-parallel layers, and the LM head.
     """
+
+    def __init__(
+        self, scheme: Scheme, prefix: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make the method of one layer.
+
+        Args:
+            scheme: group size and algorithm.
+            prefix: vLLM's full name of the layer.
+            dtype: of the activations.
+            device: where the int4 weight lies.
+        """
+        self.scheme = scheme
+        self.prefix = prefix
+        self.dtype = dtype
+        self.device = device
+        self.group_offset = 0
+        self.out_features = 0
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
+        return torch.ops.nanoquant.w4a16(
+            x,
+            layer.weight_packed,
+            layer.weight_scale,
+            layer.weight_arrivals,
+            bias,
+            self.out_features,
+            self.scheme.group_size,
+            self.group_offset,
+        )
+
+    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight) -> int:
+        """Register the tensors of the runtime layout, and compile the kernels that they will meet.
+
+        Returns the bytes of the tensors.
+        """
+        self.out_features = quantized.out_features
+        self.group_offset = quantized.group_offset
+        weight = RuntimeWeight.from_quantized(quantized)
+        weight = replace(
+            weight,
+            words=weight.words.to(self.device),
+            scales=weight.scales.to(self.device),
+            arrivals=weight.arrivals.to(self.device),
+        )
+        layer.register_parameter("weight_packed", Parameter(weight.words, requires_grad=False))
+        layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
+        # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
+        layer.register_buffer("weight_arrivals", weight.arrivals, persistent=False)
+        warm_up(weight, getattr(layer, "bias", None), self.dtype)
+        return weight.nbytes
+
+
+class Int4LinearMethod(Int4Product):
+    """Multiplies by int4 weights that a checkpoint is loaded into; a subclass says what it has."""
 
     uses_meta_device = True
     """Tells vLLM's loaders that a layer is processed as soon as its weights are there."""
@@ -75,13 +133,8 @@ class Int4LinearMethod(LinearMethodBase):
             prefix: vLLM's full name of the layer.
             ledger: keeps count of what is quantized.
         """
-        self.scheme = scheme
-        self.prefix = prefix
+        super().__init__(scheme, prefix, torch.bfloat16, torch.get_default_device())
         self.ledger = ledger
-        self.group_offset = 0
-        self.out_features = 0
-        self.dtype = torch.bfloat16
-        self.device = torch.get_default_device()
         # Dummy weights never come through a loader, so there is nothing to count.
         self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
 
@@ -135,8 +188,6 @@ class Int4LinearMethod(LinearMethodBase):
             return
         self._require_all_loaded(layer)
         quantized = self._take_quantized(layer)
-        self.out_features = quantized.out_features
-        self.group_offset = quantized.group_offset
         nbytes = self._keep(layer, quantized)
         setattr(layer, _PROCESSED, True)
         bytes_before = math.prod(quantized.shape) * self.dtype.itemsize
@@ -150,40 +201,6 @@ class Int4LinearMethod(LinearMethodBase):
         Raises:
             ValueError: the weight is not usable; the text names the tensor.
         """
-
-    def apply(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Product x [..., K] by the weight [N, K], plus bias [N]: [..., N] in x's dtype."""
-        return torch.ops.nanoquant.w4a16(
-            x,
-            layer.weight_packed,
-            layer.weight_scale,
-            layer.weight_arrivals,
-            bias,
-            self.out_features,
-            self.scheme.group_size,
-            self.group_offset,
-        )
-
-    def _keep(self, layer: torch.nn.Module, quantized: QuantizedWeight) -> int:
-        """Register the tensors of the runtime layout, and compile the kernels that they will meet.
-
-        Returns the bytes of the tensors.
-        """
-        weight = RuntimeWeight.from_quantized(quantized)
-        weight = replace(
-            weight,
-            words=weight.words.to(self.device),
-            scales=weight.scales.to(self.device),
-            arrivals=weight.arrivals.to(self.device),
-        )
-        layer.register_parameter("weight_packed", Parameter(weight.words, requires_grad=False))
-        layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
-        # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
-        layer.register_buffer("weight_arrivals", weight.arrivals, persistent=False)
-        warm_up(weight, getattr(layer, "bias", None), self.dtype)
-        return weight.nbytes
 
     def _refuse_single_group_in_proj(self, layer: torch.nn.Module) -> None:
         """Refuse the one layer whose loader vLLM replaces: our weight would stay unfilled."""

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded BF16 model that becomes int4 in place on a GPU, eager and with CUDA graphs."""
+
+import re
+
+import pytest
+
+from .patched_engines import mean_relative_error, patched_job, run_patched, write_dequantized
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+FULL = ["llm", {"preset": "full"}]
+OUR_KERNELS = {"decode_kernel", "arrange_kernel", "fused_kernel", "dequantize_kernel"}
+
+
+@pytest.fixture(scope="module")
+def reports(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("patch")
+    # Small: engines in one process may leave memory behind.
+    gpu = {"gpu_memory_utilization": 0.15}
+    graphs = gpu | {"enforce_eager": False}
+    full = {"preset": "full"}
+    jobs = [
+        patched_job("eager", tiny_model, [["model", full], FULL], engine=dict(gpu)),
+        patched_job("eager loaded", tiny_model, options=full, engine=dict(gpu)),
+        patched_job("graphs", tiny_model, [FULL, FULL], engine=dict(graphs)),
+        patched_job("graphs loaded", tiny_model, options=full, engine=dict(graphs)),
+        patched_job(
+            "dequantized", write_dequantized(tiny_model, folder / "model"), engine=dict(gpu)
+        ),
+    ]
+    return run_patched(jobs, folder / "engines")
+
+
+@pytest.mark.parametrize("name", ["eager", "graphs"])
+def test_the_tokens_are_those_of_an_engine_that_loaded_int4(reports, name):
+    assert reports[name]["tokens"] == reports[f"{name} loaded"]["tokens"]
+    assert reports[name]["tokens"] != reports[name]["before"]
+
+
+def test_eager_logits_are_those_of_an_engine_that_loaded_int4(reports):
+    assert reports["eager"]["logits"].equal(reports["eager loaded"]["logits"])
+
+
+@pytest.mark.parametrize("name", ["eager", "graphs"])
+def test_the_first_logits_are_those_of_a_bf16_model_with_the_dequantized_weights(reports, name):
+    # Of the token after each prompt, before texts can part.
+    found, expected = (reports[which]["logits"][:, 0] for which in (name, "dequantized"))
+    assert mean_relative_error(found, expected) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["eager", "graphs"])
+def test_memory_is_freed_and_a_second_patch_does_nothing(reports, name):
+    first, second = reports[name]["patches"]
+    assert len(first["modules"]) == 15
+    assert first["bytes_before"] > first["bytes_freed"] > 0
+    assert second["modules"] == [] and second["bytes_freed"] == 0
+
+
+def test_graphs_are_captured_twice_and_only_where_there_are_any(reports):
+    assert reports["graphs"]["patches"][0]["compiled_again"]
+    assert not reports["graphs"]["patches"][1]["compiled_again"]
+    assert not reports["eager"]["patches"][0]["compiled_again"]
+    # vLLM's counter begins anew when the model is compiled anew.
+    assert reports["graphs"]["graphs"] > 0
+
+
+def test_none_of_our_kernels_is_compiled_while_serving(reports):
+    log = "\n".join(reports["graphs"]["log"])
+    late = set(re.findall(r"kernel JIT compilation during inference: (\w+)", log))
+    assert not late & OUR_KERNELS
