@@ -6,7 +6,9 @@
 
 The logits are those of the first token after each of a few prompts, all of the vocabulary, less
 their mean (vLLM gives log probabilities). One GPU runs eagerly, since only its logits are wanted;
-several run compiled and with CUDA graphs, as in serving. Each engine has a process of its own.
+several run compiled and with CUDA graphs, as in serving. Each engine has a process of its own. Both
+start at once, since starting takes longest, and end together: an engine cannot measure its memory
+while another gives some back.
 """
 
 import argparse
@@ -37,24 +39,47 @@ def engine_arguments(arguments: argparse.Namespace, ranks: int) -> dict[str, Any
         "max_logprobs": -1,
         "enable_prefix_caching": False,
         "enforce_eager": ranks == 1,
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": 0.3,
         "tensor_parallel_size": ranks,
         "quantization": METHOD,
         "hf_overrides": {"quantization_config": {"preset": arguments.preset}},
     }
 
 
-def serve(arguments: argparse.Namespace, ranks: int, folder: Path) -> dict[str, Any]:
-    """Run one engine: its figures, and under "logits" its logits [prompts, vocabulary], fp32."""
-    job, logits = folder / f"{ranks}.json", folder / f"{ranks}.safetensors"
-    batches = [] if ranks == 1 else arguments.batches
-    job.write_text(json.dumps({"engine": engine_arguments(arguments, ranks), "batches": batches}))
-    command = [sys.executable, str(HERE / "parallel_engine.py"), str(job), str(logits)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not found:
-        raise RuntimeError(f"the engine on {ranks} GPUs failed:\n{done.stdout[-3000:]}")
-    return json.loads(found[-1].removeprefix("RESULT ")) | load_file(logits)
+class Engine:
+    """One engine in a process of its own, which lives until it is closed."""
+
+    def __init__(self, arguments: argparse.Namespace, ranks: int, folder: Path) -> None:
+        """Start it; its log is on standard error."""
+        self.ranks = ranks
+        self.logits = folder / f"{ranks}.safetensors"
+        job = folder / f"{ranks}.json"
+        batches = [] if ranks == 1 else arguments.batches
+        engine = engine_arguments(arguments, ranks)
+        job.write_text(json.dumps({"engine": engine, "batches": batches}))
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "parallel_engine.py"), str(job), str(self.logits)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its figures, and under "logits" its logits [prompts, vocabulary], fp32.
+
+        Raises:
+            RuntimeError: it ended without any.
+        """
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            print(f"[{self.ranks}] {line}", end="", file=sys.stderr)
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT ")) | load_file(self.logits)
+        raise RuntimeError(f"the engine on {self.ranks} GPUs ended without a result")
+
+    def close(self) -> None:
+        """Let it end."""
+        self.process.communicate()
 
 
 def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
@@ -78,8 +103,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        one = serve(arguments, 1, Path(folder))
-        several = serve(arguments, arguments.ranks, Path(folder))
+        engines = [Engine(arguments, ranks, Path(folder)) for ranks in (1, arguments.ranks)]
+        try:
+            one, several = (engine.result() for engine in engines)
+        finally:
+            for engine in engines:
+                engine.close()
     expected, logits = one.pop("logits"), several.pop("logits")
     report = {
         "problem": {

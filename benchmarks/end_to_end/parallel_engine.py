@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start one engine, save logits, time decoding. Run by parallel.py, one process an engine."""
+"""Start one engine, save logits, time decoding, wait for standard input to end.
+
+Run by parallel.py, one process an engine.
+"""
 
 import json
 import sys
@@ -45,6 +48,7 @@ def main() -> None:
             size: decode_rate(llm, size, TOKENS, REPEATS) for size in job["batches"]
         }
     print("RESULT " + json.dumps(result), flush=True)
+    sys.stdin.read()
 
 
 if __name__ == "__main__":
