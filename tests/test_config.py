@@ -82,6 +82,35 @@ def test_a_worker_finds_the_modules_of_the_checkpoint_by_its_own_names():
     assert config.stored_as("model.layers.0.mixer.in_proj") == ()
 
 
+def test_a_pattern_for_a_fused_module_is_that_of_its_checkpoint():
+    name = "backbone.layers.3.mlp.gate_up_proj"
+    options = ServingOptions(preset="full", ignore=[name])
+    parts = NanoquantConfig(Inventory(options))
+    fused = NanoquantConfig(Inventory(options, fused=frozenset({name})))
+    for config in (parts, fused):
+        config.apply_vllm_mapper(Mapper())
+    prefix = "model.layers.3.mlp.gate_up_proj"
+    assert parts.scheme_for(prefix) is not None, "the checkpoint has gate_proj and up_proj"
+    assert fused.scheme_for(prefix) is None
+
+
+def test_layers_that_vllm_builds_under_one_name_are_told_apart_by_their_order(monkeypatch):
+    monkeypatch.setattr(compat, "checkpoint_tensors", lambda *where: {})
+    monkeypatch.setattr(compat, "wrap_set_cudagraph_sizes", lambda before: None)
+    zamba = SimpleNamespace(
+        model_type="zamba2", num_hidden_layers=9, hybrid_layer_ids=[2, 5, 8], num_mem_blocks=2
+    )
+    config = NanoquantConfig()
+    config.maybe_update_config("some/model", hf_config=zamba)
+    worker = pickle.loads(pickle.dumps(config))
+    built = [worker._name_of("model.o_proj") for _ in range(4)]
+    first, second = (f"model.layers.{n}.shared_transformer.self_attn.o_proj" for n in (2, 5))
+    assert built == [first, second, first, second]
+    assert [worker._name_of(f"{n}.linear") for n in (5, 8)] == [
+        f"model.layers.{n}.linear" for n in (2, 5)
+    ]
+
+
 def test_headers_of_a_folder_are_read_file_by_file(tiny_model, tmp_path):
     headers = compat.checkpoint_tensors(str(tiny_model), None)
     assert headers["lm_head.weight"] == {"dtype": "BF16", "shape": [1801, 288]}

@@ -111,3 +111,37 @@ def test_the_fingerprint_knows_whose_columns_are_reordered():
     assert plain == take(OWN, INT4, OWN).fingerprint
     recipes = (Inventory(ServingOptions(preset=preset)) for preset in ("ssm", "full"))
     assert len({recipe.fingerprint for recipe in recipes}) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "preset", "covers"),
+    [
+        ("model.layers.0.mlp.up_proj", "ssm", False),
+        ("model.layers.0.self_attn.o_proj", "balanced", False),
+        ("model.embed_tokens", "full", False),
+        ("model.layers.0.mlp.up_proj", "balanced", True),
+        # Nothing is known of the checkpoint.
+        (None, "ssm", True),
+    ],
+)
+def test_a_recipe_that_would_serve_everything_as_it_is_is_refused(module, preset, covers):
+    tensors = {f"{module}.weight": header("BF16", 48, 200)} if module else {}
+    if covers:
+        take({"preset": preset}, tensors)
+        return
+    with pytest.raises(RecipeError, match=f"preset {preset}.* covers no module of org/model"):
+        take({"preset": preset}, tensors)
+
+
+def test_modules_that_are_fused_in_the_checkpoint_are_known_by_both_names():
+    name = "backbone.layers.0.mlp.gate_up_proj"
+    found = take({}, {f"{name}.weight": header("BF16", 48, 200)} | BF16)
+    assert found.fused == {name}
+    renamed = found.with_renamed_modules(lambda name: name.replace("backbone", "model"))
+    assert renamed.fused == {name, "model.layers.0.mlp.gate_up_proj"}
+    packed = f"{IN_PROJ.removesuffix('in_proj')}qkv_proj.weight_packed"
+    own = {**OWN, "preset": "full"}
+    tensors = {packed: header("U8", 100, 48)}
+    tensors[packed.replace("packed", "scale")] = header("BF16", 4, 48)
+    tensors[packed.replace("packed", "zero_point")] = header("BF16", 4, 48)
+    assert take(own, tensors, own).fused == {packed.removesuffix(".weight_packed")}

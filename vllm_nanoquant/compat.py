@@ -25,6 +25,7 @@ __all__ = [
     "MIN_VLLM",
     "checkpoint_json",
     "checkpoint_tensors",
+    "collects_weights",
     "init_logger",
     "loaded_elements",
     "loader_filling_on_cpu",
@@ -143,6 +144,11 @@ def process_when_loaded(layer: torch.nn.Module) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
     initialize_online_processing(layer)
+
+
+def collects_weights(loader: Callable[..., Any]) -> bool:
+    """Whether a loader is what ``process_when_loaded`` has put around another (0.26 to 0.33)."""
+    return getattr(loader, "__name__", "") == "online_process_loader"
 
 
 def loader_filling_on_cpu(layer: torch.nn.Module, loader: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ is started, and before a weight is read.
 """
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from vllm.platforms import current_platform
 from vllm_nanoquant import __version__, compat, compilation
 from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.command_line import RIGHT_FLAG
+from vllm_nanoquant.families import LayerNames, keeps_lm_head
 from vllm_nanoquant.inventory import (
     READABLE_METHODS,
+    USUAL_FUSIONS,
     Inventory,
     Model,
     parse_options,
@@ -42,11 +45,6 @@ logger = compat.init_logger(__name__)
 _MIN_CAPABILITY = 80  # bf16 tensor cores
 # Options that no other method has.
 _OURS_ALONE = frozenset({"preset", "max_capture_size"})
-# Fused projections of models that do not declare their own packed_modules_mapping.
-_USUAL_FUSIONS = {
-    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
-    "gate_up_proj": ["gate_proj", "up_proj"],
-}
 
 
 class NanoquantConfig(QuantizationConfig):
@@ -67,7 +65,9 @@ class NanoquantConfig(QuantizationConfig):
         compat.require_supported_vllm()
         self._claimed = claimed
         self._layer_kinds: tuple[Any, ...] | None = None
-        self._tied_embeddings = False
+        self._keeps_lm_head = False
+        self._names = LayerNames()
+        self._built: Counter[str] = Counter()
         self._squared_relu = False
         self._use(inventory or Inventory(ServingOptions()))
 
@@ -191,7 +191,8 @@ class NanoquantConfig(QuantizationConfig):
         if hf_config is not None:
             self._refuse_stray_options(hf_config)
             self._layer_kinds = layer_kinds(hf_config)
-            self._tied_embeddings = bool(getattr(hf_config, "tie_word_embeddings", False))
+            self._keeps_lm_head = keeps_lm_head(hf_config)
+            self._names = LayerNames.of(hf_config)
             self._squared_relu = getattr(hf_config, "mlp_hidden_act", None) == "relu2"
         tensors = compat.checkpoint_tensors(model_name, revision)
         if not tensors and (self.options.patterns or self._inventory.int4 is not None):
@@ -203,7 +204,7 @@ class NanoquantConfig(QuantizationConfig):
                 model_name,
             )
         read_json = partial(compat.checkpoint_json, model_name, revision)
-        model = Model(model_name, tensors, read_json, self._layer_kinds, self._tied_embeddings)
+        model = Model(model_name, tensors, read_json, self._layer_kinds, self._keeps_lm_head)
         self._use(take_inventory(self._inventory, self._claimed, model))
         if hf_config is not None:
             hf_config.nanoquant_fingerprint = f"{__version__}-{self._inventory.fingerprint}"
@@ -245,6 +246,7 @@ class NanoquantConfig(QuantizationConfig):
         from vllm_nanoquant.layers.dispatch import method_for
 
         self._check_engine()
+        prefix = self._name_of(prefix)
         method = method_for(layer, prefix, self.scheme_for, self.ledger, self.stored_as)
         if method is not None and self._inventory.foreign is not None:
             compat.translate_weights(method, self._inventory.foreign.translate)
@@ -263,7 +265,7 @@ class NanoquantConfig(QuantizationConfig):
                 f"{METHOD}: {', '.join(parts)} are served as one product, {prefix}, and need the "
                 "same treatment; name all of them, or none, in ignore and overrides"
             )
-        if self._tied_embeddings and role_of(prefix) is Role.LM_HEAD and scheme:
+        if self._keeps_lm_head and role_of(prefix) is Role.LM_HEAD and scheme:
             logger.info("%s: lm_head shares the embedding's weights and stays as it is", METHOD)
             return None
         return scheme
@@ -284,10 +286,18 @@ class NanoquantConfig(QuantizationConfig):
             return None
         return found
 
+    def _name_of(self, prefix: str) -> str:
+        """Name under which the layer that vLLM builds next as `prefix` will get its weights."""
+        names = self._names.names(prefix)
+        self._built[prefix] += 1
+        return names[(self._built[prefix] - 1) % len(names)]
+
     def _parts_of(self, prefix: str) -> list[str]:
         """Names of the modules that vLLM serves as one under this name."""
+        if prefix in self._here.fused:
+            return [prefix]
         parent, _, leaf = prefix.rpartition(".")
-        fusions = _USUAL_FUSIONS | self.packed_modules_mapping
+        fusions = USUAL_FUSIONS | self.packed_modules_mapping
         return [f"{parent}.{part}".lstrip(".") for part in fusions.get(leaf, [leaf])]
 
     def _check_engine(self) -> None:

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+USUAL_FUSIONS = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+"""Projections that vLLM serves as one, by their name there, where a model does not say it."""
+
 # Last parts of tensor names that only a quantized checkpoint has.
 _QUANTIZED = frozenset(
     {"W_q", "qweight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2"}
@@ -39,6 +45,11 @@ READABLE_METHODS = frozenset(
 _SERVING_ALONE = frozenset({"max_capture_size"})
 
 
+def is_fused(module: str) -> bool:
+    """Whether a module's name is that of several projections in one."""
+    return module.rpartition(".")[2] in USUAL_FUSIONS
+
+
 @dataclass(frozen=True)
 class Inventory:
     """A checkpoint as it is to be served. Plain data: vLLM sends it to its workers.
@@ -48,11 +59,13 @@ class Inventory:
         int4: modules that are int4 already, by the checkpoint's names; empty where the headers
             could not be read; None for a checkpoint that is quantized while it loads.
         foreign: how to read what another tool quantized; None for our own formats.
+        fused: modules that stand for several projections in the checkpoint already.
     """
 
     options: ServingOptions
     int4: Mapping[str, Int4Module] | None = None
     foreign: ForeignWeights | None = None
+    fused: frozenset[str] = frozenset()
 
     @property
     def in_words(self) -> str:
@@ -94,6 +107,7 @@ class Inventory:
             options=self.options.with_renamed_patterns(rename),
             int4=int4,
             foreign=foreign,
+            fused=self.fused | {rename(name) for name in self.fused},
         )
 
 
@@ -149,6 +163,15 @@ def take_inventory(given: Inventory, claimed: str | None, model: Model) -> Inven
             that contradicts itself.
         FormatError: it is quantized in a way that cannot be read.
     """
+    found = _take_inventory(given, claimed, model)
+    names = [
+        *modules_with_weights(model.tensors),
+        *(found.foreign.schemes if found.foreign else ()),
+    ]
+    return replace(found, fused=frozenset(name for name in names if is_fused(name)))
+
+
+def _take_inventory(given: Inventory, claimed: str | None, model: Model) -> Inventory:
     if given.int4 is not None:
         return _own(given.options, model)
     names = model.tensors.keys()
@@ -163,6 +186,7 @@ def take_inventory(given: Inventory, claimed: str | None, model: Model) -> Inven
         _refuse_unexplained(claimed, model)
     _refuse_gptq(given.options, model)
     _check_patterns(given.options, model)
+    _refuse_nothing(given.options, model)
     return given
 
 
@@ -232,6 +256,16 @@ def _refuse_gptq(options: ServingOptions, model: Model) -> None:
             f"{METHOD}: algorithm 'gptq' needs calibration data and cannot quantize while loading; "
             f"run 'nanoquant quantize {model.name} OUTPUT --algorithm gptq' and serve OUTPUT, or "
             "choose 'minmax' or 'mse'"
+        )
+
+
+def _refuse_nothing(options: ServingOptions, model: Model) -> None:
+    """Refuse a recipe that would serve every module as it is, as ``ssm`` does on a transformer."""
+    modules = modules_with_weights(model.tensors)
+    if modules and not any(options.scheme(module, model.kinds) for module in modules):
+        raise RecipeError(
+            f"{METHOD}: {options.in_words} covers no module of {model.name}; choose preset "
+            "'balanced' or 'full', or serve it without --quantization"
         )
 
 

@@ -157,6 +157,8 @@ class Recipe(BaseModel):
             return None
         if override is None and not self._preset_covers(module, kinds):
             return None
+        if role_of(module) is None:  # an override of all of a layer, its norms and router included
+            return None
         group_size = override.group_size if override and override.group_size else self.group_size
         return Scheme(group_size, self.algorithm)
 
@@ -168,8 +170,9 @@ class Recipe(BaseModel):
         if kinds is None:
             raise RecipeError(
                 f"{METHOD}: preset 'quality' needs the kind of each layer, and this model's "
-                "config.json has neither hybrid_override_pattern nor layers_block_type; choose "
-                "another preset, or name the layers to keep in 'ignore'"
+                "config.json has neither hybrid_override_pattern nor layers_block_type, "
+                "layer_types or attn_layer_indices that tells Mamba layers from attention layers; "
+                "choose another preset, or name the layers to keep in 'ignore'"
             )
         return layer_index(module) not in sensitive_layers(kinds)
 

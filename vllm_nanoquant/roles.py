@@ -43,7 +43,25 @@ _ROLE_BY_LEAF = {
     "lm_head": Role.LM_HEAD,
 }
 
-# Letters of Nemotron-H's hybrid_override_pattern and the words of layers_block_type.
+# Names that mean this under these parents only. Granite's routed experts have an input_linear too.
+_ROLE_BY_PARENT = {
+    **dict.fromkeys(
+        (
+            f"{attention}.{leaf}"
+            for attention in ("attn", "self_attn", "attention", "self_attention")
+            for leaf in ("out_proj", "dense")
+        ),
+        Role.ATTENTION,
+    ),
+    "shared_mlp.input_linear": Role.MLP,
+    "shared_mlp.output_linear": Role.MLP,
+}
+# Zamba2 projects the output of a shared transformer block by a module of the layer itself.
+_SHARED_BLOCK_OUTPUT = re.compile(r"(?:^|\.)layers\.\d+\.linear$")
+
+# Letters of Nemotron-H's hybrid_override_pattern, and the words of layers_block_type and of
+# layer_types; transformers 5 has its own words. A hybrid layer is Zamba2's: a transformer block,
+# and then a Mamba mixer, which the block feeds and not the other way round.
 _KIND_BY_TOKEN = {
     "M": LayerKind.MAMBA,
     "*": LayerKind.ATTENTION,
@@ -51,17 +69,28 @@ _KIND_BY_TOKEN = {
     "E": LayerKind.FEED_FORWARD,
     "mamba": LayerKind.MAMBA,
     "mamba2": LayerKind.MAMBA,
+    "linear_attention": LayerKind.MAMBA,
     "attention": LayerKind.ATTENTION,
+    "full_attention": LayerKind.ATTENTION,
+    "sliding_attention": LayerKind.ATTENTION,
+    "hybrid": LayerKind.ATTENTION,
     "mlp": LayerKind.FEED_FORWARD,
     "moe": LayerKind.FEED_FORWARD,
 }
+
+LAYER_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types")
+"""Keys of a model config that give one letter or word for each layer; the first one there holds."""
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
 def role_of(module: str) -> Role | None:
-    """Role of a module by the last part of its name; None for what is never quantized."""
-    return _ROLE_BY_LEAF.get(module.rsplit(".", 1)[-1])
+    """Role of a module by the last two parts of its name; None for what is never quantized."""
+    parts = module.rsplit(".", 2)
+    role = _ROLE_BY_PARENT.get(".".join(parts[-2:])) or _ROLE_BY_LEAF.get(parts[-1])
+    if role is None and _SHARED_BLOCK_OUTPUT.search(module):
+        return Role.ATTENTION
+    return role
 
 
 def layer_index(module: str) -> int | None:
@@ -73,14 +102,22 @@ def layer_index(module: str) -> int | None:
 def layer_kinds(hf_config: Any) -> tuple[LayerKind, ...] | None:
     """Kind of each layer from a Hugging Face model config.
 
-    Reads ``hybrid_override_pattern`` (Nemotron-H, one letter a layer) or ``layers_block_type``
-    (one word a layer). Returns None when the config has neither: the model is not a known hybrid.
+    Reads ``hybrid_override_pattern`` (Nemotron-H, one letter a layer), ``layers_block_type`` or
+    ``layer_types`` (one word a layer), or ``attn_layer_indices`` (Bamba). Returns None where these
+    tell no Mamba layers from others: a plain transformer, or one whose every layer is both, as
+    Falcon-H1.
     """
-    tokens: Sequence[str] | None = getattr(hf_config, "hybrid_override_pattern", None)
-    tokens = tokens or getattr(hf_config, "layers_block_type", None)
+    tokens: Sequence[str] | None = None
+    for name in LAYER_KEYS:
+        tokens = tokens or getattr(hf_config, name, None)
+    attention = getattr(hf_config, "attn_layer_indices", None)
+    if not tokens and attention is not None:
+        count = getattr(hf_config, "num_hidden_layers", None) or 0
+        tokens = ["attention" if index in attention else "mamba" for index in range(count)]
     if not tokens or any(token not in _KIND_BY_TOKEN for token in tokens):
         return None
-    return tuple(_KIND_BY_TOKEN[token] for token in tokens)
+    kinds = tuple(_KIND_BY_TOKEN[token] for token in tokens)
+    return kinds if LayerKind.MAMBA in kinds else None
 
 
 def sensitive_layers(kinds: Sequence[LayerKind]) -> frozenset[int]:

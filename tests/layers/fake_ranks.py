@@ -11,6 +11,7 @@ import vllm.model_executor.parameter as vllm_parameter
 from vllm.config import VllmConfig, set_current_vllm_config
 
 RANKS = [(0, 1), (0, 2), (1, 2), (1, 4), (3, 4), (5, 8)]
+VOCABULARY_RANKS = [(0, 1), (0, 2), (1, 2), (3, 4), (5, 8), (7, 8)]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from tests.layers.fake_ranks import RANKS, random_weight, rank_of, rows_of
+from tests.layers.fake_ranks import RANKS, VOCABULARY_RANKS, random_weight, rank_of, rows_of
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.kernels.layout import RuntimeWeight
@@ -106,6 +106,19 @@ def test_qkv_with_fewer_kv_heads_than_ranks(tp_rank, tp_size):
     assert_same(layer, quantize_minmax(torch.cat(mine), 128))
 
 
+@pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
+def test_gate_and_up_of_a_gated_mlp_are_cut_one_by_one(tp_rank, tp_size):
+    parts = [8 * 41, 8 * 41]
+    with rank_of(tp_rank, tp_size):
+        layer = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, parts, bias=False, quant_config=config_of(), prefix=f"{MIXER}.gate_up_proj"
+        )
+        weight = random_weight(sum(parts), HIDDEN)
+        for index, part in enumerate(weight.split(parts)):
+            layer.weight.weight_loader(layer.weight, part, index)
+    assert_same(layer, quantize_minmax(rows_of(weight, parts, tp_rank, tp_size), 128))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_bias_is_loaded_and_added(bias):
     with rank_of(0, 1):
@@ -133,9 +146,9 @@ def test_a_replicated_layer_is_whole_on_every_rank():
     assert_same(layer, quantize_minmax(weight, 128))
 
 
-@pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 2), (1, 2), (3, 4)])
+@pytest.mark.parametrize(("tp_rank", "tp_size"), VOCABULARY_RANKS)
 def test_a_padded_vocabulary_has_rows_of_exact_zeros(tp_rank, tp_size):
-    vocabulary = 150  # padded to 192, or to 256 for four ranks
+    vocabulary = 150  # padded; the last of eight ranks has nothing but padding
     with rank_of(tp_rank, tp_size):
         layer = vllm_vocabulary.ParallelLMHead(
             vocabulary, HIDDEN, params_dtype=torch.bfloat16, quant_config=config_of(),
@@ -160,13 +173,6 @@ def test_the_bf16_weight_takes_no_memory_until_it_is_loaded():
         )
     assert layer.weight.is_meta
     assert layer.quant_method.ledger.pending == {f"{MIXER}.up_proj"}
-
-
-def test_a_single_group_in_proj_is_refused_over_several_ranks():
-    with rank_of(0, 2), pytest.raises(ValueError, match=r"in_proj has one B/C group.*2 tensor-par"):
-        vllm_linear.ColumnParallelLinear(
-            HIDDEN, 64, bias=False, quant_config=config_of(), prefix=f"{MIXER}.in_proj"
-        )
 
 
 @pytest.mark.parametrize("prefix", [f"{MIXER}.gate", f"{MIXER}.conv1d"])

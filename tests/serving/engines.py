@@ -10,6 +10,8 @@ from pathlib import Path
 
 RUNNER = Path(__file__).with_name("run_engines.py")
 METHOD = "nanoquant_w4a16"
+# Engine arguments with which a report's "logprobs" are the logits of the whole vocabulary.
+LOGITS = {"logprobs_mode": "raw_logits", "max_logprobs": -1}
 PROMPTS = ["It is a truth universally acknowledged, that", "She could not help", "The carriage"]
 
 

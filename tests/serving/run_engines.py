@@ -4,10 +4,11 @@
 usage: run_engines.py JOBS.json REPORT.json
 
 A job: {"name", "engine": arguments of LLM(), "prompts": [text], "windows": [[token id]],
-"environment": {}, "reload": false, "digests": false}. Its report: the greedy continuations, their
-token ids, the summed negative log likelihood of the windows and the number of tokens in it, the
-shapes of the int4 parameters, whether reloading changed a weight, digests of all weights by rank
-where asked for, or the error that ended it. A line on standard output marks where each job's log
+"ids": [[token id]], "environment": {}, "reload": false, "digests": false}. Its report: the greedy
+continuations, their token ids, the logits of every step and the tokens chosen after "ids", the
+summed negative log likelihood of the windows and the number of tokens in it, the shapes of the int4
+parameters, whether reloading changed a weight, digests of all weights by rank where asked for, or
+the error that ended it. A line on standard output marks where each job's log
 begins. Running them in one process is quick, and is itself a test: an engine must not leave a trace
 in the next.
 """
@@ -36,6 +37,22 @@ def negative_log_likelihood(llm, windows):
     return total, count
 
 
+def greedy_logits(llm, prompts):
+    """Logits [vocabulary] of each step, [prompts][steps], and the token chosen in each.
+
+    Needs an engine with `LOGITS` of engines.py.
+    """
+    asked = SamplingParams(temperature=0, max_tokens=6, logprobs=-1, detokenize=False)
+    asked.ignore_eos = True
+    prompts = [{"prompt_token_ids": ids} for ids in prompts]
+    answers = [answer.outputs[0] for answer in llm.generate(prompts, asked, use_tqdm=False)]
+    logits = [
+        [[step[token].logprob for token in sorted(step)] for step in answer.logprobs]
+        for answer in answers
+    ]
+    return logits, [list(answer.token_ids) for answer in answers]
+
+
 def int4_parameters(model):
     return {
         name: list(parameter.shape)
@@ -62,13 +79,15 @@ def reload_keeps_every_byte(llm):
 def run(job):
     llm = LLM(**job["engine"])
     asked = SamplingParams(temperature=0, max_tokens=24)
-    answers = llm.generate(job.get("prompts", []), asked, use_tqdm=False)
+    answers = llm.generate(job["prompts"], asked, use_tqdm=False) if job.get("prompts") else []
     report = {
         "texts": [answer.outputs[0].text for answer in answers],
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
     }
     if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0":
         report["int4"] = llm.apply_model(int4_parameters)[0]
+    if job.get("ids"):
+        report["logits"], report["chosen"] = greedy_logits(llm, job["ids"])
     if job.get("digests"):
         report["digests"] = llm.apply_model(digests)
     if job.get("reload"):

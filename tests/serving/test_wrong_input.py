@@ -125,7 +125,7 @@ INT4 = {
 
 @pytest.fixture(scope="module")
 def damaged(tiny_model, tmp_path_factory):
-    """Copies of the model: a tensor missing, a tensor not finite, a single B/C group."""
+    """Copies of the model: a tensor missing, a tensor not finite, tied embeddings."""
     root = tmp_path_factory.mktemp("damaged")
     tensors = load_file(tiny_model / "model.safetensors")
     for name in ("missing", "infinite", "tied"):

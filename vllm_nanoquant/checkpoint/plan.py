@@ -10,7 +10,7 @@ from vllm_nanoquant.checkpoint import naming
 from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
 from vllm_nanoquant.checkpoint.header import TensorEntry
 from vllm_nanoquant.checkpoint.reader import Checkpoint
-from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
+from vllm_nanoquant.checkpoint.source import keeps_lm_head, kinds_of
 from vllm_nanoquant.checkpoint.stored import int4_schemes
 from vllm_nanoquant.checkpoint.writer import OutputTensor
 from vllm_nanoquant.recipe import METHOD, Recipe, Scheme
@@ -104,7 +104,7 @@ def schemes_of(
         entry = source.tensors.get(module + naming.WEIGHT)
         if entry is not None and len(entry.shape) == 2 and entry.numel:
             matrices.append(module)
-    schemes = int4_schemes(matrices, recipe, kinds, ties_embeddings(source.config))
+    schemes = int4_schemes(matrices, recipe, kinds, keeps_lm_head(source.config))
     refuse_split_products(modules, schemes)
     return schemes
 

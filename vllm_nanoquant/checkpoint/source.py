@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_nanoquant import families
 from vllm_nanoquant.checkpoint import naming
 from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
 from vllm_nanoquant.checkpoint.formats import SIDE_CONFIGS, with_side_configs
@@ -21,7 +22,7 @@ from vllm_nanoquant.checkpoint.untrusted import (
     read_object,
 )
 from vllm_nanoquant.recipe import METHOD
-from vllm_nanoquant.roles import LayerKind, layer_kinds
+from vllm_nanoquant.roles import LAYER_KEYS, LayerKind, layer_kinds
 
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "COPYRIGHT*", "USE_POLICY*")
 COPIED_FILES = (
@@ -54,6 +55,7 @@ _DOWNLOADED = (
 )
 _FOREIGN_SUFFIXES = (*naming.QUANTIZED_SUFFIXES, ".qweight", ".qzeros", ".weight_scale_inv")
 _MODEL_ID = re.compile(r"[\w][\w.\-]*(?:/[\w][\w.\-]*)?")
+_MAX_LAYERS = 10_000
 _FRONT_MATTER_BYTES = 1 << 16
 _INHERITED_FIELDS = (
     "license",
@@ -164,19 +166,25 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def kinds_of(config: dict[str, Any]) -> tuple[LayerKind, ...] | None:
     """Kind of each layer by config.json, None where it does not say."""
     inner = text_config(config)
-    for key in ("hybrid_override_pattern", "layers_block_type"):
+    for key in LAYER_KEYS:
         value = inner.get(key)
         if value is not None and not (
             isinstance(value, str)
             or (isinstance(value, list) and all(isinstance(word, str) for word in value))
         ):
             raise CheckpointError(f"{naming.CONFIG}: {key} is not a text or a list of words")
+    if not isinstance(inner.get("attn_layer_indices"), list | None):
+        raise CheckpointError(f"{naming.CONFIG}: attn_layer_indices is not a list")
+    count = inner.get("num_hidden_layers")
+    if count is not None and (not isinstance(count, int) or count > _MAX_LAYERS):
+        raise CheckpointError(f"{naming.CONFIG}: num_hidden_layers is not a number of layers")
     return layer_kinds(SimpleNamespace(**inner))
 
 
-def ties_embeddings(config: dict[str, Any]) -> bool:
-    """Whether the LM head shares the embedding's weights by config.json."""
-    return any(bool(part.get("tie_word_embeddings")) for part in (config, text_config(config)))
+def keeps_lm_head(config: dict[str, Any]) -> bool:
+    """Whether the LM head stays as it is by config.json; see `families.keeps_lm_head`."""
+    parts = (config, text_config(config))
+    return any(families.keeps_lm_head(SimpleNamespace(**part)) for part in parts)
 
 
 def files_to_copy(folder: Path) -> list[Path]:
@@ -251,7 +259,7 @@ def rewritten_config(
     Args:
         config: the stock checkpoint's.
         quantization: the ``quantization_config`` to write.
-        kinds: kind of each layer; a Mamba hybrid that does not say in which dtype its state is
+        kinds: kind of each layer; a Nemotron-H that does not say in which dtype its state is
             cached gets float32, which vLLM would take for it anyway and other engines might not.
     """
     result = dict(config)
@@ -259,6 +267,7 @@ def rewritten_config(
     result.pop("auto_map", None)
     result["quantization_config"] = quantization
     is_hybrid = kinds is not None and LayerKind.MAMBA in kinds
+    is_hybrid &= text_config(config).get("model_type") == "nemotron_h"
     if is_hybrid and not text_config(config).get("mamba_ssm_cache_dtype"):
         if text_config(config) is not config:
             result["text_config"] = text_config(config) | {"mamba_ssm_cache_dtype": "float32"}

@@ -258,7 +258,8 @@ def _cannot_be_int4(module: str, tied: bool, recipe: Recipe) -> str:
     if tied:
         return (
             f"{METHOD}: {module + PACKED} is int4, but config.json has tie_word_embeddings true, "
-            "so the LM head is the embedding; set it to false, or quantize again without lm_head"
+            "so the LM head is the embedding, or a model_type whose LM head vLLM does not "
+            "quantize; set tie_word_embeddings to false, or quantize again without lm_head"
         )
     if is_routed_expert(module):
         return (

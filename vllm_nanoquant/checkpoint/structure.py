@@ -9,7 +9,7 @@ from typing import Any
 from vllm_nanoquant.checkpoint import naming
 from vllm_nanoquant.checkpoint.errors import CheckpointError, at, printable
 from vllm_nanoquant.checkpoint.reader import Checkpoint
-from vllm_nanoquant.checkpoint.source import kinds_of, ties_embeddings
+from vllm_nanoquant.checkpoint.source import keeps_lm_head, kinds_of
 from vllm_nanoquant.checkpoint.stored import (
     FORMAT_KEYS,
     header_problems,
@@ -88,7 +88,7 @@ def _expected(
         dense = checkpoint.tensors.get(module + naming.WEIGHT)
         if dense is None or (len(dense.shape) == 2 and dense.numel):
             modules.append(module)
-    return int4_schemes(modules, recipe, kinds, ties_embeddings(checkpoint.config))
+    return int4_schemes(modules, recipe, kinds, keeps_lm_head(checkpoint.config))
 
 
 def _check_module(

@@ -19,7 +19,6 @@ import torch
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
     LinearMethodBase,
     register_weight_loader_v2_supported_method,
 )
@@ -29,6 +28,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm_nanoquant import compat
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.ops import warm_up
+from vllm_nanoquant.layers.replaced_loader import ReplaceableLoader
 from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.algorithms import quantize
@@ -44,7 +44,7 @@ LARGE_WEIGHT_BYTES = 512 << 20
 _PROCESSED = "_already_called_process_weights_after_loading"
 
 
-class GroupAlignedWeight(ModelWeightParameter):
+class GroupAlignedWeight(ReplaceableLoader, ModelWeightParameter):
     """A rank's BF16 weight [N, columns read], with all columns of the groups that it touches."""
 
     columns: ColumnShare
@@ -151,10 +151,8 @@ class Int4LinearMethod(Int4Product):
         """Give the layer what its checkpoint has for it, on the meta device.
 
         Raises:
-            ValueError: a Mamba in_proj whose single B/C group would be split over ranks, or what
-                `_prepare` refuses.
+            ValueError: what `_prepare` refuses.
         """
-        self._refuse_single_group_in_proj(layer)
         self.dtype = params_dtype
         rank = getattr(layer, "tp_rank", 0)
         self.columns = column_share(
@@ -202,16 +200,6 @@ class Int4LinearMethod(Int4Product):
             ValueError: the weight is not usable; the text names the tensor.
         """
 
-    def _refuse_single_group_in_proj(self, layer: torch.nn.Module) -> None:
-        """Refuse the one layer whose loader vLLM replaces: our weight would stay unfilled."""
-        replaced = type(layer) is ColumnParallelLinear and self.prefix.endswith(".in_proj")
-        if replaced and layer.tp_size > 1:
-            raise ValueError(
-                f"{METHOD}: {self.prefix} has one B/C group, which cannot be quantized over "
-                f"{layer.tp_size} tensor-parallel ranks; use --tensor-parallel-size 1, or keep it "
-                'in BF16 with ignore ["*.in_proj"]'
-            )
-
     @staticmethod
     def _rows_to_load(layer: torch.nn.Module, rows: int) -> int:
         if isinstance(layer, ParallelLMHead):
@@ -254,6 +242,7 @@ class NanoquantLinearMethod(Int4LinearMethod):
             weight_loader=loader,
         )
         weight.columns = columns
+        weight.belongs_to(layer)
         # Rows that only pad the vocabulary are never loaded (vLLM 0.31 and later read this).
         weight.weight_loader_numel = self._rows_to_load(layer, rows) * columns.columns_read
         layer.register_parameter("weight", weight)

@@ -23,6 +23,11 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from vllm_nanoquant import compat
 from vllm_nanoquant.checkpoint.stored import Int4Module, require_shape
 from vllm_nanoquant.layers.linear import Int4LinearMethod
+from vllm_nanoquant.layers.replaced_loader import (
+    LoaderRelay,
+    ReplaceableLoader,
+    repeats_single_group,
+)
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, slice_columns
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
@@ -45,7 +50,7 @@ _DUMMY_SCALE = 1e-3 / 7.5
 _DUMMY_ZERO_POINT = -7.5
 
 
-class StoredTensor(ModelWeightParameter):
+class StoredTensor(ReplaceableLoader, ModelWeightParameter):
     """A rank's part of a tensor [rows along K, N] of the checkpoint, in the dtype it has there."""
 
     first: int
@@ -60,6 +65,15 @@ class StoredTensor(ModelWeightParameter):
                 f"{METHOD}: {self.place} is {loaded_weight.dtype} in the checkpoint; it must be "
                 f"{self.dtype}. Fetch its files again, or make them again with 'nanoquant quantize'"
             )
+
+    def adapted(self, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """Turn a loader for a BF16 weight [N, K] into one for this tensor."""
+
+        def load_transposed(param: "StoredTensor", loaded_weight: torch.Tensor) -> None:
+            param._check(loaded_weight)
+            loader(param.data.t(), loaded_weight.t())
+
+        return load_transposed
 
     def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
         """Copy this rank's columns (N) of the whole tensor."""
@@ -117,10 +131,16 @@ class StoredLinearMethod(Int4LinearMethod):
         loader: Callable[..., Any],
     ) -> None:
         if self.headers:
-            require_shape(self.headers, _rows_stored(layer, output_size), input_size, self.prefix)
+            require_shape(
+                self.headers, self._rows_stored(layer, output_size), input_size, self.prefix
+            )
         self._refuse_split_order(self.columns.stop - self.columns.start, input_size)
         for name in _TENSORS:
             layer.register_parameter(name, self._tensor(layer, name, rows, loader))
+        if repeats_single_group(layer, self.prefix):
+            relay = LoaderRelay(torch.empty(0, device="meta"), weight_loader=loader)
+            relay.belongs_to(layer)
+            layer.register_parameter("weight", relay)
         if self.ordered:
             data = torch.empty(len(self.headers), input_size, device="meta", dtype=torch.int32)
             order = Parameter(data, requires_grad=False)
@@ -142,10 +162,9 @@ class StoredLinearMethod(Int4LinearMethod):
             output_dim=1,
             weight_loader=loader,
         )
+        tensor.belongs_to(layer)
         tensor.first = first
         tensor.place = f"{self.prefix}.{name}"
-        # Rows that only pad the vocabulary are never loaded (vLLM 0.31 and later read this).
-        tensor.weight_loader_numel = count * self._rows_to_load(layer, rows)
         return tensor
 
     def apply(
@@ -187,10 +206,27 @@ class StoredLinearMethod(Int4LinearMethod):
             # vLLM's loader still holds the parameter; its memory is wanted as soon as possible.
             tensor.data = tensor.data.new_empty(0)
             delattr(layer, name)
+        if "weight" in layer._parameters:
+            del layer.weight
         if order is not None:
             order = Parameter(order.to(self.device), requires_grad=False)
             layer.register_parameter("weight_order", order)
         return quantized
+
+    def _rows_stored(self, layer: torch.nn.Module, output_size: int) -> int:
+        """N of the checkpoint's weights together, whatever a rank pads or repeats."""
+        if isinstance(layer, ParallelLMHead):
+            return int(layer.org_vocab_size)
+        if isinstance(layer, QKVParallelLinear):
+            heads = layer.total_num_heads + layer.total_num_kv_heads
+            return int(heads * layer.head_size + layer.total_num_kv_heads * layer.v_head_size)
+        if repeats_single_group(layer, self.prefix) and self.headers[0].packed_shape:
+            # All but one of the ranks' copies of B and of C are not stored; how long they are, the
+            # layer does not say.
+            stored = self.headers[0].packed_shape[1]
+            copies = 2 * (layer.tp_size - 1)
+            return stored if (output_size - stored) % copies == 0 else output_size
+        return output_size
 
     def _require_finite(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         for name, tensor in (("weight_scale", scale), ("weight_zero_point", zero_point)):
@@ -233,27 +269,20 @@ class StoredLinearMethod(Int4LinearMethod):
             )
 
 
-def _rows_stored(layer: torch.nn.Module, output_size: int) -> int:
-    """N of the checkpoint's weights together, whatever a rank pads or repeats."""
-    if isinstance(layer, ParallelLMHead):
-        return int(layer.org_vocab_size)
-    if isinstance(layer, QKVParallelLinear):
-        heads = layer.total_num_heads + layer.total_num_kv_heads
-        return int(heads * layer.head_size + layer.total_num_kv_heads * layer.v_head_size)
-    return output_size
-
-
 def _vocabulary_loader(indices: Any, padding: int) -> Callable[..., None]:
     """Loader of this rank's part of the vocabulary; vLLM's own takes N to be the first dimension.
 
     Holds no reference to the layer: vLLM keeps loaders in a table with the layers as weak keys.
+    Padding is copied as well, so that a rank that has nothing else waits for all of its tensors:
+    vLLM counts what is copied.
     """
     start, count = indices.org_vocab_start_index, indices.num_org_elements
 
     def load_vocabulary(param: torch.nn.Parameter, loaded_weight: torch.Tensor) -> None:
         param._check(loaded_weight)
         param.data[:, :count].copy_(loaded_weight.narrow(1, start, count))
-        param.data[:, count:].fill_(padding)
+        rest = param.data[:, count:]
+        rest.copy_(torch.full_like(rest, padding))
 
     return load_vocabulary
 
