@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compilation hook on real VllmConfig objects, with CUDA graphs pretended on the CPU."""
 
+import json
 import logging
 import os
+import shutil
 
 import pytest
+import torch
 
 vllm = pytest.importorskip("vllm")
 
@@ -12,6 +15,7 @@ from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig  # noqa: E4
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
+from tests.checkpoints import write_int4  # noqa: E402
 from vllm_nanoquant import compilation  # noqa: E402
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
@@ -82,6 +86,37 @@ def capture_sizes(model, options=None, quantization=METHOD, **engine):
 )
 def test_sizes_with_our_method(tiny_model, engine, sizes):
     assert capture_sizes(tiny_model, **engine) == sizes
+
+
+NGRAM = {"method": "ngram", "prompt_lookup_max": 3}
+
+
+@pytest.mark.parametrize(
+    ("engine", "sizes"),
+    [
+        # Multiples of one drafted token more, for as many sequences as without drafts.
+        ({}, [5, 10, 20, 40]),
+        ({"max_num_seqs": 3}, [5, 10, 20]),
+        ({"options": {"max_capture_size": 16}}, [5, 10, 20, 40, 80]),
+        ({"largest": 20}, [5, 10, 20]),
+        ({"sizes": [5, 10, 80]}, [5, 10]),
+        # More tokens for one sequence than the cap has for all.
+        ({"drafted": 9}, [10, 20, 40, 80]),
+    ],
+)
+def test_sizes_with_speculative_decoding(tiny_model, engine, sizes):
+    drafted = engine.pop("drafted", 4)
+    engine.setdefault("max_num_seqs", 16 if "options" in engine else 8)
+    engine["speculative_config"] = {**NGRAM, "num_speculative_tokens": drafted}
+    assert capture_sizes(tiny_model, **engine) == sizes
+
+
+def test_the_way_out_with_speculative_decoding_counts_sequences(tiny_model, messages):
+    speculative = {**NGRAM, "num_speculative_tokens": 4}
+    capture_sizes(tiny_model, sizes=[5, 80], max_num_seqs=8, speculative_config=speculative)
+    (text,) = [line for line in messages if "dropped" in line]
+    assert "cap of 40" in text
+    assert text.endswith("--hf-overrides.quantization_config.max_capture_size 16")
 
 
 @pytest.mark.parametrize("engine", [{"enforce_eager": True}, {"mode": CUDAGraphMode.NONE}])
@@ -156,6 +191,38 @@ def test_a_frozen_bytecode_hook_is_an_error(monkeypatch):
         compilation.disable_bytecode_hook()
 
 
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [
+        ({}, None),
+        ({"mamba_ssm_cache_dtype": "float32"}, None),
+        ({"mamba_ssm_cache_dtype": "bfloat16"}, "bfloat16"),
+        ({"mamba_ssm_cache_dtype": "float16", "enforce_eager": True}, "float16"),
+        ({"mamba_ssm_cache_dtype": "bfloat16", "quantization": None}, None),
+    ],
+)
+def test_rounded_states_are_named_once_with_the_way_out(tiny_model, messages, engine, dtype):
+    capture_sizes(tiny_model, max_num_seqs=8, **engine)
+    found = [line for line in messages if line.startswith(METHOD) and "mamba_ssm" in line]
+    assert len(found) == (dtype is not None)
+    if dtype:
+        assert f"mamba_ssm_cache_dtype is {dtype}." in found[0]
+        assert "use --mamba-ssm-cache-dtype float32" in found[0]
+
+
+def test_rounded_states_that_config_json_asks_for_are_named_too(tiny_model, tmp_path, messages):
+    config = json.loads((tiny_model / "config.json").read_text())
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(config | {"mamba_ssm_cache_dtype": "float16"}))
+    capture_sizes(model, max_num_seqs=8)
+    assert any(f"{METHOD}: mamba_ssm_cache_dtype is float16." in line for line in messages)
+
+
+def test_the_states_stay_float32_unless_asked(tiny_model):
+    engine = EngineArgs(model=str(tiny_model), quantization=METHOD, max_model_len=512)
+    assert engine.create_engine_config().cache_config.mamba_ssm_cache_dtype == "float32"
+
+
 def artefact_key(model, **overrides):
     """What vLLM files compiled artefacts of an engine under."""
     engine = EngineArgs(
@@ -171,11 +238,43 @@ def test_a_changed_recipe_changes_the_key_of_compiled_artefacts(tiny_model):
     assert artefact_key(tiny_model, quantization_config={"preset": "full"}) == keys[1]
 
 
+LAYER_0 = "backbone.layers.0.mixer.in_proj"
+RECIPES = [
+    {},
+    {"preset": "full"},
+    {"group_size": 64},
+    {"algorithm": "mse"},
+    {"ignore": [LAYER_0]},
+    {"overrides": {LAYER_0: {"bits": 16}}},
+    {"overrides": {LAYER_0: {"group_size": 32}}},
+    {"overrides": {LAYER_0: {"group_size": 64}}},
+]
+
+
 def test_so_does_a_changed_file_of_the_same_name(tiny_model, tmp_path):
     """vLLM itself hashes the name only; the recipe's fingerprint makes the difference."""
+    file = tmp_path / "recipe.json"
+
+    def key(recipe):
+        file.write_text(json.dumps(recipe))
+        return artefact_key(tiny_model, quantization_config_file=str(file))
+
+    keys = [key(recipe) for recipe in RECIPES]
+    assert len(set(keys)) == len(RECIPES)
+    assert [key(recipe) for recipe in RECIPES] == keys
+
+
+def test_an_order_of_columns_changes_the_key(tiny_model, tmp_path):
+    """config.json is the same for both; only the tensors' headers differ."""
+    module = "backbone.layers.1.mixer.down_proj"
+
+    def ordered(tensors):
+        return tensors | {f"{module}.weight_order": torch.arange(672, dtype=torch.int32)}
+
     keys = []
-    for preset in ("ssm", "full", "ssm"):
-        recipe = tmp_path / "recipe.json"
-        recipe.write_text(f'{{"preset": "{preset}"}}')
-        keys.append(artefact_key(tiny_model, quantization_config_file=str(recipe)))
+    for number, change in enumerate((dict, ordered, dict)):
+        folder = tmp_path / "model"
+        write_int4(tiny_model, folder, change)
+        keys.append(artefact_key(folder))
+        folder.rename(tmp_path / str(number))
     assert keys[0] == keys[2] != keys[1]

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compilation hook: which batch sizes get a CUDA graph, and no bytecode hook.
 
-Both concern engines with our method only. Nothing in vLLM is wrapped before the first such engine.
+The hook is also the first to see all settings of an engine, so what is to be said about the dtype
+of Mamba's states is said here. All of it concerns engines with our method only. Nothing in vLLM is
+wrapped before the first such engine.
 """
 
+import math
 import os
 
 from vllm import envs
@@ -23,7 +26,7 @@ def default_capture_sizes(cap: int, max_num_seqs: int) -> list[int]:
     """Batch sizes to capture: 1, 2, 4, 8, then steps of 8, as far as they can be of use.
 
     Args:
-        cap: largest allowed size, in tokens.
+        cap: largest allowed size.
         max_num_seqs: most sequences the engine runs at once; the last size is the first that
             covers it.
     """
@@ -33,43 +36,82 @@ def default_capture_sizes(cap: int, max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size <= enough]
 
 
+def settle_engine(engine: VllmConfig) -> None:
+    """Do what an engine that uses our method needs in the front end; leave every other alone.
+
+    Raises:
+        ValueError: as ``cap_capture_sizes``.
+    """
+    if engine.quant_config is None or engine.quant_config.get_name() != METHOD:
+        return
+    if engine.model_config is None:
+        return
+    about_states = rounded_states(engine)
+    if about_states:
+        logger.warning(about_states)
+    cap_capture_sizes(engine)
+
+
+def rounded_states(engine: VllmConfig) -> str | None:
+    """What to say of an engine that keeps Mamba's states in less than float32; None if none does.
+
+    vLLM has put the model's own choice in the place of "auto" by now: for Nemotron-H float32,
+    unless config.json names another. Where "auto" still stands, nobody chose.
+    """
+    dtype, model = engine.cache_config.mamba_ssm_cache_dtype, engine.model_config
+    if dtype in ("auto", "float32") or model is None:
+        return None
+    if not (model.is_hybrid or model.is_attention_free):
+        return None
+    return (
+        f"{METHOD}: mamba_ssm_cache_dtype is {dtype}. The state of a Mamba layer is rounded to it "
+        "at every token, and the errors add up over a sequence, beside those of the int4 weights; "
+        "use --mamba-ssm-cache-dtype float32 unless the memory for states is short"
+    )
+
+
 def cap_capture_sizes(engine: VllmConfig) -> None:
-    """Limit the capture sizes of an engine that uses our method; leave every other alone.
+    """Limit the capture sizes of an engine.
 
     Sizes that the user gave are kept up to the cap, and a warning names the dropped ones. What has
-    no CUDA graphs (eager mode, graphs off) is left alone.
+    no CUDA graphs (eager mode, graphs off) is left alone. With speculative decoding a sequence
+    takes more than one token of a batch, and vLLM captures multiples of that number only: sizes and
+    cap are multiplied by it, which is as many graphs, for as many sequences.
 
     Raises:
         ValueError: the user gave sizes, and all of them are above the cap.
     """
-    if engine.quant_config is None or engine.quant_config.get_name() != METHOD:
-        return
-    if engine.model_config is None or engine.model_config.enforce_eager:
-        return
     settings = engine.compilation_config
-    if settings.cudagraph_mode == CUDAGraphMode.NONE or settings.cudagraph_capture_sizes == []:
+    if engine.model_config.enforce_eager or settings.cudagraph_mode == CUDAGraphMode.NONE:
         return
+    if settings.cudagraph_capture_sizes == []:
+        return
+    tokens_each = 1 + engine.num_speculative_tokens
     cap = engine.quant_config.options.max_capture_size
     max_num_seqs = engine.scheduler_config.max_num_seqs
     if settings.cudagraph_capture_sizes is None:
         largest = min(
-            cap,
-            settings.max_cudagraph_capture_size or cap,
+            cap * tokens_each,
+            settings.max_cudagraph_capture_size or cap * tokens_each,
             engine.scheduler_config.max_num_batched_tokens,
         )
-        settings.cudagraph_capture_sizes = default_capture_sizes(largest, max_num_seqs)
+        sizes = default_capture_sizes(max(1, largest // tokens_each), max_num_seqs)
+        settings.cudagraph_capture_sizes = [size * tokens_each for size in sizes]
     else:
-        settings.cudagraph_capture_sizes = _keep_up_to(cap, settings.cudagraph_capture_sizes)
+        settings.cudagraph_capture_sizes = _keep_up_to(
+            cap * tokens_each, settings.cudagraph_capture_sizes, tokens_each
+        )
     # vLLM takes the largest size for this one, and objects to another value beside a list.
     settings.max_cudagraph_capture_size = None
     if max_num_seqs > cap:
         _warn_of_uncaptured_batches(cap, max_num_seqs)
 
 
-def _keep_up_to(cap: int, sizes: list[int]) -> list[int]:
+def _keep_up_to(cap: int, sizes: list[int], tokens_each: int) -> list[int]:
     kept = [size for size in sizes if size <= cap]
     dropped = sorted(set(sizes) - set(kept))
-    raise_it = f"raise the cap with {RIGHT_FLAG}.max_capture_size {max(sizes)}"
+    enough = math.ceil(max(sizes) / tokens_each)
+    raise_it = f"raise the cap with {RIGHT_FLAG}.max_capture_size {enough}"
     if not kept:
         raise ValueError(
             f"{METHOD}: all cudagraph_capture_sizes {dropped} are above the cap of {cap}; give "
@@ -88,7 +130,7 @@ def _keep_up_to(cap: int, sizes: list[int]) -> list[int]:
 
 def _warn_of_uncaptured_batches(cap: int, max_num_seqs: int) -> None:
     logger.warning(
-        "%s: CUDA graphs are captured for at most %d tokens, but max_num_seqs is %d; larger "
+        "%s: CUDA graphs are captured for at most %d sequences, but max_num_seqs is %d; larger "
         "batches run without a graph, often slower than a batch of %d. Either serve fewer "
         "sequences (--max-num-seqs %d) or raise the cap (%s.max_capture_size %d), which costs "
         "start-up time and some GPU memory",
@@ -102,9 +144,9 @@ def _warn_of_uncaptured_batches(cap: int, max_num_seqs: int) -> None:
     )
 
 
-def install_capture_cap() -> None:
-    """Have ``cap_capture_sizes`` called for every engine from now on."""
-    compat.wrap_set_cudagraph_sizes(cap_capture_sizes)
+def install_hook() -> None:
+    """Have ``settle_engine`` called for every engine from now on, where there are CUDA graphs."""
+    compat.wrap_set_cudagraph_sizes(settle_engine)
 
 
 def reject_bytecode_hook() -> None:

@@ -208,7 +208,7 @@ class NanoquantConfig(QuantizationConfig):
         self._use(take_inventory(self._inventory, self._claimed, model))
         if hf_config is not None:
             hf_config.nanoquant_fingerprint = f"{__version__}-{self._inventory.fingerprint}"
-        compilation.install_capture_cap()
+        compilation.install_hook()
 
     def _refuse_composition(self) -> None:
         """Refuse vLLM's own online quantization on top of ours (vLLM 0.30 and later offer it)."""
@@ -309,6 +309,11 @@ class NanoquantConfig(QuantizationConfig):
         """
         compilation.disable_bytecode_hook()
         engine = get_current_vllm_config()
+        if not current_platform.support_static_graph_mode():
+            # vLLM chooses no capture sizes there, so the front end has not been asked.
+            about_states = compilation.rounded_states(engine)
+            if about_states:
+                logger.warning_once(about_states)
         extra = engine.additional_config if isinstance(engine.additional_config, dict) else {}
         for name in (*ServingOptions.model_fields, METHOD, "nanoquant"):
             if name in extra:

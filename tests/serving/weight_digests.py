@@ -8,7 +8,8 @@ import torch
 
 def digest(tensor):
     """SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+    data = tensor.detach().cpu().contiguous().view(torch.uint8)
+    return hashlib.sha256(data.numpy()).hexdigest()
 
 
 def digests(model):

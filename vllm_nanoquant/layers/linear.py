@@ -135,8 +135,10 @@ class Int4LinearMethod(Int4Product):
         """
         super().__init__(scheme, prefix, torch.bfloat16, torch.get_default_device())
         self.ledger = ledger
+        engine = get_current_vllm_config()
         # Dummy weights never come through a loader, so there is nothing to count.
-        self.counts_loads = get_current_vllm_config().load_config.load_format != "dummy"
+        self.counts_loads = engine.load_config.load_format != "dummy"
+        self.takes_adapters = engine.lora_config is not None
 
     def create_weights(
         self,
@@ -187,6 +189,11 @@ class Int4LinearMethod(Int4Product):
         self._require_all_loaded(layer)
         quantized = self._take_quantized(layer)
         nbytes = self._keep(layer, quantized)
+        if self.takes_adapters and isinstance(layer, ParallelLMHead):
+            # vLLM's LoRA asks the head's `weight` for dtype and device, and for nothing else
+            # (lora/utils.py, 0.26 to 0.33).
+            stand_in = torch.empty(0, dtype=self.dtype, device=self.device)
+            layer.register_parameter("weight", Parameter(stand_in, requires_grad=False))
         setattr(layer, _PROCESSED, True)
         bytes_before = math.prod(quantized.shape) * self.dtype.itemsize
         if self.ledger.finish(self.prefix, bytes_before, nbytes):
