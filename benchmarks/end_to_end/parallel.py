@@ -7,8 +7,8 @@
 The logits are those of the first token after each of a few prompts, all of the vocabulary, less
 their mean (vLLM gives log probabilities). One GPU runs eagerly, since only its logits are wanted;
 several run compiled and with CUDA graphs, as in serving. Each engine has a process of its own. Both
-start at once, since starting takes longest, and end together: an engine cannot measure its memory
-while another gives some back.
+start at once, since starting takes longest, and are told how much memory the KV cache takes: one
+cannot measure that while the other gives memory back.
 """
 
 import argparse
@@ -28,6 +28,8 @@ sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is
 from benchmarks.end_to_end.run import packages  # noqa: E402
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
+KV_CACHE_BYTES = 4 << 30
+
 
 def engine_arguments(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """Arguments of ``LLM`` for a number of tensor-parallel ranks."""
@@ -40,6 +42,7 @@ def engine_arguments(arguments: argparse.Namespace, ranks: int) -> dict[str, Any
         "enable_prefix_caching": False,
         "enforce_eager": ranks == 1,
         "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "tensor_parallel_size": ranks,
         "quantization": METHOD,
         "hf_overrides": {"quantization_config": {"preset": arguments.preset}},
@@ -47,22 +50,20 @@ def engine_arguments(arguments: argparse.Namespace, ranks: int) -> dict[str, Any
 
 
 class Engine:
-    """One engine in a process of its own, which lives until it is closed."""
+    """One engine in a process of its own; its log goes where ours goes."""
 
     def __init__(self, arguments: argparse.Namespace, ranks: int, folder: Path) -> None:
-        """Start it; its log is on standard error."""
+        """Start it."""
         self.ranks = ranks
-        self.logits = folder / f"{ranks}.safetensors"
-        job = folder / f"{ranks}.json"
-        batches = [] if ranks == 1 else arguments.batches
-        engine = engine_arguments(arguments, ranks)
-        job.write_text(json.dumps({"engine": engine, "batches": batches}))
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "parallel_engine.py"), str(job), str(self.logits)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.logits, self.figures = folder / f"{ranks}.safetensors", folder / f"{ranks}.result"
+        job = {
+            "engine": engine_arguments(arguments, ranks),
+            "batches": [] if ranks == 1 else arguments.batches,
+            "logits": str(self.logits),
+            "figures": str(self.figures),
+        }
+        command = [sys.executable, str(HERE / "parallel_engine.py"), json.dumps(job)]
+        self.process = subprocess.Popen(command)
 
     def result(self) -> dict[str, Any]:
         """Wait for its figures, and under "logits" its logits [prompts, vocabulary], fp32.
@@ -70,16 +71,9 @@ class Engine:
         Raises:
             RuntimeError: it ended without any.
         """
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            print(f"[{self.ranks}] {line}", end="", file=sys.stderr)
-            if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT ")) | load_file(self.logits)
-        raise RuntimeError(f"the engine on {self.ranks} GPUs ended without a result")
-
-    def close(self) -> None:
-        """Let it end."""
-        self.process.communicate()
+        if self.process.wait() or not self.figures.is_file():
+            raise RuntimeError(f"the engine on {self.ranks} GPUs ended without a result")
+        return json.loads(self.figures.read_text()) | load_file(self.logits)
 
 
 def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
@@ -104,11 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         engines = [Engine(arguments, ranks, Path(folder)) for ranks in (1, arguments.ranks)]
-        try:
-            one, several = (engine.result() for engine in engines)
-        finally:
-            for engine in engines:
-                engine.close()
+        one, several = (engine.result() for engine in engines)
     expected, logits = one.pop("logits"), several.pop("logits")
     report = {
         "problem": {

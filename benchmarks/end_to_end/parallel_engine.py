@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start one engine, save logits, time decoding, wait for standard input to end.
-
-Run by parallel.py, one process an engine.
-"""
+"""Start one engine, save logits, time decoding. Run by parallel.py, one process an engine."""
 
 import json
 import sys
@@ -36,19 +33,20 @@ def first_logits(llm: LLM) -> torch.Tensor:
 
 
 def main() -> None:
-    """Run the job that parallel.py wrote."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+    """Run the job that parallel.py gives."""
+    job = json.loads(sys.argv[1])
     start = time.perf_counter()
     llm = LLM(**job["engine"])
     result: dict[str, Any] = {"start_seconds": time.perf_counter() - start}
-    save_file({"logits": first_logits(llm)}, sys.argv[2])
+    save_file({"logits": first_logits(llm)}, job["logits"])
     if job["batches"]:
+        print("timing", flush=True)
         seconds(llm, prompts(max(job["batches"]), PROMPT_TOKENS, 1), TOKENS)
         result["decode_tokens_per_second"] = {
             size: decode_rate(llm, size, TOKENS, REPEATS) for size in job["batches"]
         }
-    print("RESULT " + json.dumps(result), flush=True)
-    sys.stdin.read()
+    Path(job["figures"]).write_text(json.dumps(result))
+    print("timed", flush=True)
 
 
 if __name__ == "__main__":
