@@ -23,14 +23,14 @@ STANDARD_DEVIATION = 0.02
 
 
 def tensor_shapes(config: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a dense Nemotron-H checkpoint, in file order.
+    """Name and shape of every tensor of a Nemotron-H checkpoint, in file order.
 
     Args:
         config: the model's config.json; ``hybrid_override_pattern`` gives the layers.
     """
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     yield "backbone.embeddings.weight", (vocabulary, hidden)
-    mixers = {"M": _mamba_shapes, "-": _mlp_shapes, "*": _attention_shapes}
+    mixers = {"M": _mamba_shapes, "-": _mlp_shapes, "*": _attention_shapes, "E": _moe_shapes}
     for index, letter in enumerate(config["hybrid_override_pattern"]):
         layer = f"backbone.layers.{index}"
         yield f"{layer}.norm.weight", (hidden,)
@@ -59,6 +59,21 @@ def _mamba_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def _mlp_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     hidden, width = config["hidden_size"], config["intermediate_size"]
     return {"up_proj.weight": (width, hidden), "down_proj.weight": (hidden, width)}
+
+
+def _moe_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    hidden, experts = config["hidden_size"], config["n_routed_experts"]
+    width, shared = config["moe_intermediate_size"], config["moe_shared_expert_intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "gate.weight": (experts, hidden),
+        "gate.e_score_correction_bias": (experts,),
+    }
+    for expert in range(experts):
+        shapes[f"experts.{expert}.up_proj.weight"] = (width, hidden)
+        shapes[f"experts.{expert}.down_proj.weight"] = (hidden, width)
+    shapes["shared_experts.up_proj.weight"] = (shared, hidden)
+    shapes["shared_experts.down_proj.weight"] = (hidden, shared)
+    return shapes
 
 
 def _attention_shapes(config: dict) -> dict[str, tuple[int, ...]]:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
+import json
 import pickle
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.random_checkpoint import tensor_shapes
 from vllm_nanoquant.recipe import (
     Override,
     Recipe,
@@ -15,8 +18,9 @@ from vllm_nanoquant.recipe import (
     ServingOptions,
     matches,
 )
-from vllm_nanoquant.roles import LayerKind, layer_kinds, sensitive_layers
+from vllm_nanoquant.roles import LayerKind, Role, layer_kinds, role_of, sensitive_layers
 
+GEOMETRY = Path(__file__).parent.parent / "benchmarks" / "geometry"
 # The published pattern of Nemotron-Nano-9B-v2: 27 Mamba-2, 25 MLP and 4 attention layers.
 NANO_9B = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 
@@ -67,17 +71,53 @@ def test_presets_cover_what_they_name(preset, mamba, mlp, attention, lm_head):
     assert len(found) == mamba + mlp + attention + lm_head
 
 
-def test_quality_leaves_the_ends_and_what_feeds_attention():
+def test_quality_leaves_what_feeds_attention():
     left = quantized(Recipe(preset="balanced")) - quantized(Recipe(preset="quality"))
     layers = {int(name.split(".")[2]) for name in left}
     feeds = {index - 1 for index, letter in enumerate(NANO_9B) if letter == "*"}
-    assert layers == {0, 1, 54, 55} | feeds
+    assert layers == feeds
     assert all(KINDS_9B[index] is LayerKind.MAMBA for index in feeds)
+
+
+def test_quality_keeps_60_modules_of_nemotron_3_nano():
+    config = json.loads((GEOMETRY / "nemotron-3-nano-30b-a3b" / "config.json").read_text())
+    pattern = config["hybrid_override_pattern"]
+    assert [pattern.count(letter) for letter in "ME*"] == [23, 23, 6]
+    kinds = layer_kinds(HfConfig(hybrid_override_pattern=pattern))
+    shapes = {n.removesuffix(".weight"): shape for n, shape in tensor_shapes(config)}
+    quality = Recipe(preset="quality")
+    kept = {
+        name
+        for name, shape in shapes.items()
+        if len(shape) > 1 and quality.scheme(name, kinds) is None
+    }
+    routers = {f"backbone.layers.{i}.mixer.gate" for i in range(52) if pattern[i] == "E"}
+    assert routers < kept and "backbone.embeddings" in kept
+    kept -= {*routers, "backbone.embeddings"}
+    mixers = [f"backbone.layers.{index}.mixer" for index in range(52)]
+    attention = [index for index, letter in enumerate(pattern) if letter == "*"]
+    assert attention == [5, 12, 19, 26, 33, 42]
+    expected = ["lm_head"]
+    expected += [f"{mixers[i]}.{part}_proj" for i in attention for part in "qkvo"]
+    expected += [f"{mixers[i - 1]}.{part}_proj" for i in attention for part in ("in", "out")]
+    expected += [f"{mixers[i]}.conv1d" for i in range(52) if pattern[i] == "M"]
+    assert len(expected) == 60
+    assert kept == set(expected)
+    experts = [name for name in shapes if ".experts." in name]
+    assert len(experts) == 23 * 128 * 2
+    assert not kept & set(experts)
+
+
+def test_roles_of_experts():
+    for leaf in ("up_proj", "down_proj", "gate_proj", "w1", "w2", "w3"):
+        assert role_of(f"model.layers.1.mlp.experts.17.{leaf}") is Role.MLP
+    for name in ("mlp.gate", "feed_forward.w1", "mlp.experts.w1", "mlp.experts.3.w4"):
+        assert role_of(f"model.layers.1.{name}") is None
 
 
 def test_the_mamba_layer_that_feeds_attention_need_not_be_next_to_it():
     kinds = [LayerKind(word) for word in ("mamba", "mamba", "mamba", "feed_forward", "attention")]
-    assert sensitive_layers([*kinds, *kinds]) == {0, 1, 2, 7, 8, 9}
+    assert sensitive_layers([*kinds, *kinds]) == {2, 7}
 
 
 def test_quality_needs_the_kind_of_each_layer():

@@ -22,6 +22,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.platforms import current_platform
 
 from vllm_nanoquant import __version__, compat, compilation
+from vllm_nanoquant.checkpoint.naming import is_routed_expert
 from vllm_nanoquant.checkpoint.stored import Int4Module
 from vllm_nanoquant.command_line import RIGHT_FLAG
 from vllm_nanoquant.families import LayerNames, keeps_lm_head
@@ -268,6 +269,9 @@ class NanoquantConfig(QuantizationConfig):
         if self._keeps_lm_head and role_of(prefix) is Role.LM_HEAD and scheme:
             logger.info("%s: lm_head shares the embedding's weights and stays as it is", METHOD)
             return None
+        int4 = self._here.int4 if self._inventory.foreign is None else None
+        if int4 and is_routed_expert(prefix) and prefix not in int4:
+            return None  # experts in one tensor, which 'nanoquant quantize' leaves as it is
         return scheme
 
     def stored_as(self, prefix: str) -> tuple[Int4Module, ...] | None:

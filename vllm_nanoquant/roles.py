@@ -81,6 +81,8 @@ _KIND_BY_TOKEN = {
 LAYER_KEYS = ("hybrid_override_pattern", "layers_block_type", "layer_types")
 """Keys of a model config that give one letter or word for each layer; the first one there holds."""
 
+# One expert of a mixture, as Mixtral and others name its projections.
+_EXPERT = re.compile(r"\.experts\.\d+\.w[123]$")
 _LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
 
 
@@ -88,9 +90,11 @@ def role_of(module: str) -> Role | None:
     """Role of a module by the last two parts of its name; None for what is never quantized."""
     parts = module.rsplit(".", 2)
     role = _ROLE_BY_PARENT.get(".".join(parts[-2:])) or _ROLE_BY_LEAF.get(parts[-1])
-    if role is None and _SHARED_BLOCK_OUTPUT.search(module):
+    if role is not None:
+        return role
+    if _SHARED_BLOCK_OUTPUT.search(module):
         return Role.ATTENTION
-    return role
+    return Role.MLP if _EXPERT.search(module) else None
 
 
 def layer_index(module: str) -> int | None:
@@ -121,16 +125,16 @@ def layer_kinds(hf_config: Any) -> tuple[LayerKind, ...] | None:
 
 
 def sensitive_layers(kinds: Sequence[LayerKind]) -> frozenset[int]:
-    """Layers that preset ``quality`` leaves alone.
+    """Layers that preset ``quality`` leaves alone: the Mamba layers that feed an attention layer.
 
-    The first and the last two layers, and the Mamba layer that feeds each attention layer, i.e.
-    the nearest one before it (NVIDIA's selective recipe for Nemotron 3 Nano).
+    The nearest Mamba layer before each attention layer feeds it (NVIDIA's selective recipe for
+    Nemotron 3 Nano, which also keeps the attention layers, as presets but ``full`` do).
     """
-    keep = {0, 1, len(kinds) - 2, len(kinds) - 1}
+    keep: set[int] = set()
     last_mamba: int | None = None
     for index, kind in enumerate(kinds):
         if kind is LayerKind.MAMBA:
             last_mamba = index
         elif kind is LayerKind.ATTENTION and last_mamba is not None:
             keep.add(last_mamba)
-    return frozenset(index for index in keep if index >= 0)
+    return frozenset(keep)

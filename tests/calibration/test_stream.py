@@ -158,7 +158,9 @@ def test_one_layer_is_in_memory_at_a_time() -> None:
         assert not any(f".layers.{i}." in n for n in asked for i in range(int(layer) + 1, 7))
 
 
-def test_experts_stay_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_experts_are_not_calibrated_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tensors = random_model(tmp_path, MOE)
     text = sequences(3, 64, 50)
     with caplog.at_level(logging.WARNING):

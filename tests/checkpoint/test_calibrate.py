@@ -182,3 +182,22 @@ def test_the_report_of_a_calibrated_checkpoint_names_the_text(tmp_path, calibrat
     job_of(tmp_path, tmp_path / "target").run()
     report = json.loads((tmp_path / "target/nanoquant_report.json").read_text())
     assert report["begun_with"]["calibration text"].endswith(" 4 8")
+
+
+def test_experts_need_no_hessians(tmp_path, calibrated):
+    before = job_of(tmp_path, tmp_path / "target")
+    experts = {
+        f"backbone.layers.1.mixer.experts.{expert}.{leaf}_proj.weight": torch.randn(
+            shape
+        ).bfloat16()
+        for expert in range(3)
+        for leaf, shape in (("up", (700, 32)), ("down", (32, 700)))
+    }
+    write_stock(tmp_path / "moe" / "source", weights(wide=32) | experts)
+    (tmp_path / "moe" / "text.txt").write_text("It was a dark and stormy night.")
+    job = job_of(tmp_path / "moe", tmp_path / "target")
+    for part in ("Hessians", "quantizing"):
+        assert job.calibration_bytes[part] == before.calibration_bytes[part]
+    report = job.run()
+    for name in experts:
+        assert report["tensors"][name]["algorithm"] == "mse"

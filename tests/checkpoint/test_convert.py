@@ -293,8 +293,7 @@ def test_a_recipe_that_covers_just_these_modules(int4, dense):
     for module, size in int4.items():
         assert recipe.scheme(module, None).group_size == size
     for module in dense:
-        if ".experts." not in module:
-            assert recipe.scheme(module, None) is None
+        assert recipe.scheme(module, None) is None
 
 
 def test_a_name_that_would_be_a_pattern():

@@ -12,6 +12,8 @@ from tests.checkpoint.small import CONFIG, content, weights, write_stock
 from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError
 from vllm_nanoquant.checkpoint.quantize import Request, prepare
 from vllm_nanoquant.checkpoint.rows import RowQuantizer
+from vllm_nanoquant.checkpoint.verify import verify
+from vllm_nanoquant.quantize.algorithms import quantize as by_name
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import Recipe, RecipeError, Scheme
 
@@ -171,24 +173,67 @@ def test_a_weight_that_is_not_finite_is_named_with_its_row(tmp_path, monkeypatch
     assert not (tmp_path / "target/config.json").exists()
 
 
-def test_a_tied_lm_head_and_routed_experts_stay_as_they_are(tmp_path):
-    tensors = weights()
-    tensors["backbone.layers.1.mixer.experts.0.up_proj.weight"] = torch.randn(8, 64)
-    source = write_stock(tmp_path / "source", tensors, tie_word_embeddings=True)
+def test_a_tied_lm_head_stays_as_it_is(tmp_path):
+    source = write_stock(tmp_path / "source", tie_word_embeddings=True)
     quantize(source, tmp_path / "target", preset="full")
     found = read_back(tmp_path / "target")
     assert "lm_head.weight" in found
-    assert "backbone.layers.1.mixer.experts.0.up_proj.weight" in found
     assert "backbone.layers.2.mixer.q_proj.weight_packed" in found
 
 
+EXPERTS = "backbone.layers.1.mixer.experts"
+
+
+def with_experts(tmp_path):
+    tensors = weights()
+    for expert in range(2):
+        tensors[f"{EXPERTS}.{expert}.up_proj.weight"] = torch.randn(45, 96).bfloat16()
+        tensors[f"{EXPERTS}.{expert}.down_proj.weight"] = torch.randn(96, 45).bfloat16()
+    tensors["backbone.layers.1.mixer.gate.weight"] = torch.randn(2, 96).bfloat16()
+    return tensors, write_stock(tmp_path / "source", tensors)
+
+
+@pytest.mark.parametrize("algorithm", ["minmax", "mse"])
+def test_routed_experts_become_int4_and_their_router_does_not(tmp_path, algorithm):
+    tensors, source = with_experts(tmp_path)
+    quantize(source, tmp_path / "target", algorithm=algorithm)
+    found = read_back(tmp_path / "target")
+    assert "backbone.layers.1.mixer.gate.weight" in found
+    for expert in range(2):
+        for leaf in ("up_proj", "down_proj"):
+            module = f"{EXPERTS}.{expert}.{leaf}"
+            expected = by_name(tensors[f"{module}.weight"], 128, algorithm)
+            assert f"{module}.weight" not in found
+            for part in ("packed", "scale", "zero_point"):
+                assert torch.equal(found[f"{module}.weight_{part}"], getattr(expected, part))
+    assert verify(tmp_path / "target").problems == []
+
+
+def test_experts_that_lie_in_one_tensor_stay_as_they_are(tmp_path):
+    tensors = weights() | {f"{EXPERTS}.up_proj.weight": torch.randn(2, 45, 96).bfloat16()}
+    source = write_stock(tmp_path / "source", tensors)
+    quantize(source, tmp_path / "target")
+    found = read_back(tmp_path / "target")
+    assert torch.equal(found[f"{EXPERTS}.up_proj.weight"], tensors[f"{EXPERTS}.up_proj.weight"])
+    assert verify(tmp_path / "target").problems == []
+
+
+def test_all_experts_of_a_layer_need_the_same_treatment(tmp_path):
+    _, source = with_experts(tmp_path)
+    expected = r"experts of .*layers\.1\.mixer\.experts .*experts\.0.* and .*experts\.1.*name all"
+    with pytest.raises(UsageError, match=expected):
+        quantize(source, tmp_path / "target", ignore="*.experts.1.*")
+    quantize(source, tmp_path / "target", ignore="*.experts.*")
+    assert f"{EXPERTS}.1.up_proj.weight" in read_back(tmp_path / "target")
+
+
 def test_quality_finds_the_layer_kinds(tmp_path):
-    config = {"hybrid_override_pattern": "--M*---"}
+    config = {"hybrid_override_pattern": "M-M*---"}
     tensors = {f"backbone.layers.{i}.mixer.up_proj.weight": torch.randn(8, 64) for i in range(7)}
     quantize(write_stock(tmp_path / "s", tensors, config=config), tmp_path / "t", preset="quality")
     packed = [name for name in read_back(tmp_path / "t") if name.endswith("packed")]
-    # The first and the last two layers stay, and layer 2, which feeds the attention layer.
-    assert sorted(name.split(".")[2] for name in packed) == ["3", "4"]
+    # Layer 2 stays, which feeds the attention layer.
+    assert sorted(name.split(".")[2] for name in packed) == ["0", "1", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize(

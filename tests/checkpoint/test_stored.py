@@ -131,18 +131,24 @@ def test_a_tied_lm_head_in_int4_is_refused_and_in_bf16_left_alone():
     assert read(dense("lm_head"), tied=True, preset="full") == {}
 
 
-def test_routed_experts_stay_dense():
+def test_routed_experts_are_int4_like_other_modules():
     expert = "backbone.layers.1.mixer.experts.3.up_proj"
-    assert read(dense(expert), preset="balanced") == {}
-    with pytest.raises(RecipeError, match="routed experts in int4 cannot be served yet"):
-        read(int4(expert), preset="balanced")
+    assert set(read(int4(expert), preset="balanced")) == {expert}
+    with pytest.raises(RecipeError, match=r"experts\.3\.up_proj should be int4 by config\.json"):
+        read(dense(expert), preset="balanced")
+    assert read(dense(expert), preset="balanced", ignore="*.experts.*") == {}
+
+
+def test_experts_in_one_tensor_stay_dense():
+    expert = "backbone.layers.1.mixer.experts.up_proj"
+    assert set(read(dense(expert) | int4(IN_PROJ), preset="balanced")) == {IN_PROJ}
 
 
 def test_preset_quality_knows_the_kinds():
-    kinds = [LayerKind.FEED_FORWARD] * 6
-    tensors = int4("model.layers.2.mixer.up_proj") | dense("model.layers.1.mixer.up_proj")
+    kinds = [LayerKind.MAMBA, LayerKind.MAMBA, LayerKind.ATTENTION]
+    tensors = int4("model.layers.0.mixer.in_proj") | dense("model.layers.1.mixer.in_proj")
     found = read_modules(tensors, Recipe(preset="quality"), kinds, False)
-    assert set(found) == {"model.layers.2.mixer.up_proj"}
+    assert set(found) == {"model.layers.0.mixer.in_proj"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ pytest.importorskip("vllm")
 
 import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.layers.vocab_parallel_embedding as vllm_vocabulary
-from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_processing,
     record_metadata_for_reloading,
@@ -19,7 +18,7 @@ from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import dequantize
-from vllm_nanoquant.layers import dispatch, linear
+from vllm_nanoquant.layers import linear
 from vllm_nanoquant.quantize.groups import slice_columns
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 from vllm_nanoquant.recipe import ServingOptions
@@ -214,14 +213,3 @@ def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):
         layer.weight.weight_loader(layer.weight, random_weight(40, HIDDEN))
     (parameter,) = held
     assert parameter.numel() == 0
-
-
-@pytest.mark.parametrize(("preset", "warned"), [("balanced", True), ("ssm", False)])
-def test_routed_experts_stay_as_they_are_and_the_log_says_so(monkeypatch, preset, warned):
-    said = []
-    monkeypatch.setattr(dispatch.logger, "warning_once", lambda *words: said.append(words))
-    config = NanoquantConfig(Inventory(ServingOptions(preset=preset)))
-    layer = RoutedExperts.__new__(RoutedExperts)
-    prefix = f"{MIXER}.experts"
-    assert dispatch.method_for(layer, prefix, config.scheme_for, config.ledger) is None
-    assert bool(said) == warned

@@ -14,6 +14,7 @@ from vllm_nanoquant.kernels.reference import dequantize
 from vllm_nanoquant.quantize.groups import (
     QuantizedWeight,
     group_count,
+    join_rows,
     pack_nibbles,
     slice_columns,
     unpack_nibbles,
@@ -129,3 +130,14 @@ def test_sizes() -> None:
 def test_shapes_that_do_not_fit(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(example(), **changes)  # type: ignore[arg-type]
+
+
+def test_rows_that_are_joined_are_those_of_one_weight() -> None:
+    weight = torch.randn(11, 100, generator=torch.Generator().manual_seed(0))
+    parts = [quantize_minmax(part, 32) for part in weight.split([4, 1, 6])]
+    joined, whole = join_rows(parts), quantize_minmax(weight, 32)
+    for name in ("packed", "scale", "zero_point"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+    assert join_rows(parts[:1]) is parts[0]
+    with pytest.raises(ValueError, match="other columns or groups cannot be joined"):
+        join_rows([parts[0], slice_columns(parts[1], 1, 100)])

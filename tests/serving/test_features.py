@@ -36,9 +36,9 @@ def lab(tiny_model, tmp_path_factory):
     """One process: its imports take as long as three engines."""
     folder = tmp_path_factory.mktemp("features")
     jobs = hybrid_jobs(tiny_model, folder)
-    jobs += float32_jobs(tiny_model, folder)
     jobs += transformer_jobs(write_transformer(folder / "llama"), folder)
-    return Lab(folder, [jobs], limit=60)
+    # A second thread does not help with matrices of this size.
+    return Lab(folder, [jobs], limit=60, environment={"OMP_NUM_THREADS": "1"})
 
 
 def hybrid_jobs(model, folder):
@@ -73,15 +73,6 @@ def hybrid_jobs(model, folder):
         feature_job("fp8 cache", model, brief, kv_cache_dtype="fp8"),
         feature_job("bf16 adapter", bf16, with_adapter, quantized=False, **lora),
         feature_job("adapter", model, [*with_adapter, {"reload": True}, reloaded], **lora),
-    ]
-
-
-def float32_jobs(model, folder):
-    exact = write_dequantized(model, folder / "float32", torch.float32)
-    brief = [ask("plain", prompts(model)["short"], tokens=8)]
-    return [
-        feature_job("exact", exact, brief, quantized=False, dtype="float32"),
-        feature_job("float32", model, brief, dtype="float32"),
     ]
 
 
@@ -160,9 +151,8 @@ def test_reloading_keeps_the_adapter(lab):
     assert answers["reloaded"] == answers["with"][:1]
 
 
-@pytest.mark.parametrize(("name", "oracle"), [("float32", "exact"), ("drafts", "llama exact")])
-def test_float32_activations_are_exact(lab, name, oracle):
-    ours, theirs = lab.answers(name, "plain"), lab.answers(oracle, "plain")
+def test_float32_activations_are_exact_and_drafts_change_nothing(lab):
+    ours, theirs = lab.answers("drafts", "plain"), lab.answers("llama exact", "plain")
     assert_agree(ours, theirs, EXACT)
     assert ours.tokens == theirs.tokens
 
@@ -172,7 +162,6 @@ def test_float16_activations_where_they_do_not_overflow(lab):
 
 
 def test_drafts_are_taken_and_refused(lab):
-    """Whether they change a token, see above."""
     counters = lab.report("drafts")["counters"]
     taken = counters["vllm:spec_decode_num_accepted_tokens"]
     assert 10 < taken < counters["vllm:spec_decode_num_draft_tokens"]

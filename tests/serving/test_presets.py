@@ -14,9 +14,8 @@ from .engines import METHOD, heldout_windows, job, perplexity, run_engines
 pytestmark = [pytest.mark.compat, pytest.mark.slow]
 
 # int4 modules of pattern M-M*-M-, qkv_proj counted once: 3 in_proj, 3 out_proj, 3 up_proj,
-# 3 down_proj, qkv_proj and o_proj, lm_head. `quality` leaves layers 0, 1, 2 (feeds attention),
-# 5 and 6: of seven layers only the MLP of layer 4 remains.
-MODULES = {"ssm": 6, "balanced": 12, "quality": 2, "full": 15}
+# 3 down_proj, qkv_proj and o_proj, lm_head. `quality` leaves layer 2, which feeds attention.
+MODULES = {"ssm": 6, "balanced": 12, "quality": 10, "full": 15}
 # Held-out perplexity over that of BF16. The project's goals for plain min-max are 1.05 for `ssm`
 # and 1.10 for `balanced`; these are about twice what was measured (benchmarks/results).
 LIMITS = {"ssm": 1.01, "balanced": 1.01, "quality": 1.01, "full": 1.025, "g32": 1.01, "g64": 1.01}

@@ -74,7 +74,8 @@ def quantize_with_text(
 ) -> Iterator[tuple[str, QuantizedWeight]]:
     """Quantize every linear that a recipe covers with GPTQ, in the order of the layers.
 
-    Routed experts are not calibrated; a log line says so. A tied LM head is left alone.
+    Routed experts, which transformers keeps in one tensor, are not calibrated and not yielded; a
+    log line says so. A tied LM head is left alone.
 
     Args:
         folder: a folder with the model's config.json; nothing else in it is read.
@@ -220,7 +221,9 @@ def _targets_of_layers(skeleton: Skeleton, recipe: Recipe) -> list[list[_Target]
                     targets[-1].append(_Target(module, name, scheme.group_size))
     if experts:
         logger.warning(
-            "the routed experts of %d layers are not calibrated and stay as they are", experts
+            "the routed experts of %d layers are not calibrated; where they become int4, it is "
+            "with mse",
+            experts,
         )
     return targets
 

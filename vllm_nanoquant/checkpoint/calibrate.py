@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_nanoquant.checkpoint.errors import CheckpointError, UsageError, at, printable
 from vllm_nanoquant.checkpoint.journal import Journal
+from vllm_nanoquant.checkpoint.naming import WEIGHT, is_routed_expert
 from vllm_nanoquant.checkpoint.plan import Step
 from vllm_nanoquant.checkpoint.reader import Checkpoint
 from vllm_nanoquant.checkpoint.report import file_entry
@@ -87,8 +88,9 @@ def read_sequences(
     except CalibrationError as error:
         raise UsageError(f"calibration: {error}") from error
     tokens = sum(map(len, sequences))
-    widest = max((s for s in steps if s.is_int4), key=lambda step: step.source.shape[1])
-    if tokens < widest.source.shape[1]:
+    calibrated = (step for step in steps if _is_calibrated(step))
+    widest = max(calibrated, key=lambda step: step.source.shape[1], default=None)
+    if widest is not None and tokens < widest.source.shape[1]:
         raise UsageError(
             f"calibration: {printable(str(calibration.text))} gives {tokens} tokens in "
             f"{len(sequences)} sequences; {printable(widest.key)} has {widest.source.shape[1]} "
@@ -116,22 +118,27 @@ def calibration_bytes(source: Checkpoint, steps: Iterable[Step], tokens: int) ->
         # Embedding, final norm and LM head count as one more layer.
         layer = layer_index(step.key)
         weights[layer] += 2 * step.source.numel
-        if step.is_int4:
+        if _is_calibrated(step):
             linears[layer].append(step.source.shape)
     config = text_config(source.config)
     hidden = config.get("hidden_size")
     if type(hidden) is not int:
-        hidden = max(columns for shapes in linears.values() for _, columns in shapes)
+        hidden = max((columns for shapes in linears.values() for _, columns in shapes), default=0)
     outside = weights.pop(None, 0)
     return {
         "hidden states": 2 * tokens * hidden,
         "outside of the layers": outside,
         "largest layer": max(weights.values(), default=0),
-        "Hessians": max(sum(4 * k * k for _, k in shapes) for shapes in linears.values()),
+        "Hessians": max((sum(4 * k * k for _, k in s) for s in linears.values()), default=0),
         "quantizing": max(
-            12 * k * k + 20 * n * k for shapes in linears.values() for n, k in shapes
+            (12 * k * k + 20 * n * k for shapes in linears.values() for n, k in shapes), default=0
         ),
     }
+
+
+def _is_calibrated(step: Step) -> bool:
+    """Whether GPTQ makes the result of a step; routed experts get ``mse``."""
+    return step.is_int4 and not is_routed_expert(step.source.name.removesuffix(WEIGHT))
 
 
 class CalibratedWeights:

@@ -194,8 +194,10 @@ def recipe_of(int4: Mapping[str, int], dense: Iterable[str], algorithm: str) -> 
                     {"bits": 4, "group_size": None if size == common else size}
                 )
         for name in dense:
-            if plain.scheme(name, None) is not None and is_servable(name):
-                overrides[name] = Override(bits=16)
+            if plain.scheme(name, None) is not None:
+                # None of the experts of a checkpoint that is converted is int4.
+                mixture = naming.mixture_of(name)
+                overrides[f"{mixture}.*" if mixture else name] = Override(bits=16)
         ordered = {name: overrides[name] for name in sorted(overrides)}
         if best is None or len(ordered) < len(best.overrides):
             best = plain.model_copy(update={"overrides": ordered})

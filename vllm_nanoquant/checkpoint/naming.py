@@ -23,6 +23,7 @@ ORDER = ".weight_order"
 QUANTIZED_SUFFIXES = (PACKED, SCALE, ZERO_POINT, ORDER)
 
 _ROUTED_EXPERT = re.compile(r"\.experts\.(?:\d+\.|[^.]+$)")
+_ONE_EXPERT = re.compile(r"^(.+\.experts)\.\d+\.[^.]+$")
 
 
 def shard_names(count: int) -> list[str]:
@@ -55,5 +56,11 @@ def modules_with_weights(tensors: Iterable[str]) -> list[str]:
 
 
 def is_routed_expert(module: str) -> bool:
-    """Whether a module is one expert of a mixture, which vLLM serves unquantized so far."""
+    """Whether a module is one expert of a mixture, or all of them in one tensor."""
     return _ROUTED_EXPERT.search(module) is not None
+
+
+def mixture_of(module: str) -> str | None:
+    """Name of the mixture that a module is one expert's projection of; None for anything else."""
+    found = _ONE_EXPERT.match(module)
+    return found[1] if found else None

@@ -91,8 +91,9 @@ def schemes_of(
 ) -> dict[str, Scheme]:
     """Scheme of each module of a stock checkpoint that becomes int4.
 
-    Only weights with two dimensions do. Routed experts and an LM head that shares the embedding's
-    weights stay as they are, as they do when a stock checkpoint is quantized while it loads.
+    Only weights with two dimensions do; experts that lie in one tensor with three stay as they
+    are. So does an LM head that shares the embedding's weights, as it does when a stock checkpoint
+    is quantized while it loads.
 
     Raises:
         RecipeError, UsageError: as `make_plan`.
@@ -120,9 +121,11 @@ def refuse_split_products(
         way_out: for the message.
 
     Raises:
-        UsageError: some of q, k and v, or of gate and up, are treated otherwise than the rest.
+        UsageError: some of q, k and v, of gate and up, or of a layer's routed experts are treated
+            otherwise than the rest.
     """
     present = set(modules)
+    _refuse_split_mixtures(present, treatments, way_out)
     for module in sorted(present):
         parent, _, leaf = module.rpartition(".")
         for leaves in _SERVED_TOGETHER:
@@ -135,6 +138,23 @@ def refuse_split_products(
                     f"{METHOD}: {', '.join(map(printable, parts))} are served as one product and "
                     f"need the same treatment; {way_out}"
                 )
+
+
+def _refuse_split_mixtures(
+    modules: Iterable[str], treatments: Mapping[str, Hashable], way_out: str
+) -> None:
+    first: dict[str, str] = {}
+    for module in sorted(modules):
+        mixture = naming.mixture_of(module)
+        if mixture is None:
+            continue
+        one = first.setdefault(mixture, module)
+        if treatments.get(one) != treatments.get(module):
+            raise UsageError(
+                f"{METHOD}: the experts of {printable(mixture)} are served together and need the "
+                f"same treatment, but {printable(one)} and {printable(module)} get different "
+                f"ones; {way_out}"
+            )
 
 
 def _plan_step(source: Checkpoint, entry: TensorEntry, schemes: dict[str, Scheme]) -> Step:

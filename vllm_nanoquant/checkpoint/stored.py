@@ -17,6 +17,7 @@ from vllm_nanoquant.checkpoint.naming import (
     WEIGHT,
     ZERO_POINT,
     is_routed_expert,
+    mixture_of,
     modules_with_weights,
     quantized_layout,
 )
@@ -134,7 +135,7 @@ def int4_schemes(
 ) -> dict[str, Scheme]:
     """Scheme of each module that a checkpoint of ours holds in int4, by name.
 
-    Routed experts stay as they are, and so does an LM head that is the embedding.
+    An LM head that is the embedding stays as it is, and so do experts that lie in one tensor.
 
     Args:
         modules: names of the modules that have a weight.
@@ -148,7 +149,7 @@ def int4_schemes(
     found = {}
     for module in modules:
         tied = tied_embeddings and role_of(module) is Role.LM_HEAD
-        if tied or is_routed_expert(module):
+        if tied or (is_routed_expert(module) and mixture_of(module) is None):
             continue
         if scheme := recipe.scheme(module, kinds):
             found[module] = scheme
@@ -260,11 +261,6 @@ def _cannot_be_int4(module: str, tied: bool, recipe: Recipe) -> str:
             f"{METHOD}: {module + PACKED} is int4, but config.json has tie_word_embeddings true, "
             "so the LM head is the embedding, or a model_type whose LM head vLLM does not "
             "quantize; set tie_word_embeddings to false, or quantize again without lm_head"
-        )
-    if is_routed_expert(module):
-        return (
-            f"{METHOD}: {module + PACKED}: routed experts in int4 cannot be served yet; run "
-            f'{_QUANTIZE!r} on the original again with ignore ["*.experts.*"]'
         )
     return (
         f"{METHOD}: {module + PACKED} is int4, but by config.json ({recipe.in_words}) {module} "

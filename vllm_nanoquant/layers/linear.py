@@ -41,7 +41,7 @@ LARGE_WEIGHT_BYTES = 512 << 20
 """A larger BF16 weight is not put on the GPU whole; an LM head [131072, 4480] takes 1.17 GB."""
 
 # vLLM's name: it deletes the attribute before it processes a layer again for a reload.
-_PROCESSED = "_already_called_process_weights_after_loading"
+PROCESSED = "_already_called_process_weights_after_loading"
 
 
 class GroupAlignedWeight(ReplaceableLoader, ModelWeightParameter):
@@ -184,7 +184,7 @@ class Int4LinearMethod(Int4Product):
         Raises:
             ValueError: the checkpoint lacks part of the weight, or it is not usable.
         """
-        if getattr(layer, _PROCESSED, False):
+        if getattr(layer, PROCESSED, False):
             return
         self._require_all_loaded(layer)
         quantized = self._take_quantized(layer)
@@ -194,7 +194,7 @@ class Int4LinearMethod(Int4Product):
             # (lora/utils.py, 0.26 to 0.33).
             stand_in = torch.empty(0, dtype=self.dtype, device=self.device)
             layer.register_parameter("weight", Parameter(stand_in, requires_grad=False))
-        setattr(layer, _PROCESSED, True)
+        setattr(layer, PROCESSED, True)
         bytes_before = math.prod(quantized.shape) * self.dtype.itemsize
         if self.ledger.finish(self.prefix, bytes_before, nbytes):
             logger.info("%s: %s", METHOD, self.ledger.summary())

@@ -13,7 +13,7 @@ all columns of the groups it touches, quantizes them, and cuts its share out of 
 
 from dataclasses import dataclass
 
-from vllm_nanoquant.quantize.groups import WHOLE_ROW
+from vllm_nanoquant.quantize.groups import WHOLE_ROW, group_count
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,17 @@ def column_share(in_features: int, share: int, rank: int, group_size: int) -> Co
         read_start=start // group_size * group_size,
         read_stop=min(-(-stop // group_size) * group_size, in_features),
     )
+
+
+def stored_rows(columns: ColumnShare, group_size: int) -> dict[str, tuple[int, int]]:
+    """First row and number of rows to read of each tensor of an int4 weight, whose rows go along K.
+
+    Args:
+        columns: the rank's share of K.
+        group_size: inputs per scale, or WHOLE_ROW.
+    """
+    # read_start is where a group begins, so even.
+    packed = columns.read_start // 2, (columns.columns_read + 1) // 2
+    first_group = group_count(columns.read_start, group_size) if columns.read_start else 0
+    groups = first_group, group_count(columns.columns_read, group_size)
+    return {"weight_packed": packed, "weight_scale": groups, "weight_zero_point": groups}

@@ -28,19 +28,21 @@ from vllm_nanoquant.layers.replaced_loader import (
     ReplaceableLoader,
     repeats_single_group,
 )
+from vllm_nanoquant.layers.sharding import stored_rows
 from vllm_nanoquant.ledger import Ledger
-from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, slice_columns
+from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
 
 LARGE_BYTES = 384 << 20
 """Tensors of a layer that are larger together do not go to the GPU; laying them out there takes
 their own size and some 70 MB more than the result. An LM head [131072, 4480] has 312 MB."""
 
-_TENSORS = {
+INT4_TENSORS = {
     "weight_packed": torch.uint8,
     "weight_scale": torch.bfloat16,
     "weight_zero_point": torch.bfloat16,
 }
+"""The tensors of an int4 weight in a checkpoint."""
 # What quantizing a row of zeros gives: such rows pad the vocabulary.
 _PADDING = {"weight_packed": 0, "weight_scale": 1, "weight_zero_point": 0}
 
@@ -135,7 +137,7 @@ class StoredLinearMethod(Int4LinearMethod):
                 self.headers, self._rows_stored(layer, output_size), input_size, self.prefix
             )
         self._refuse_split_order(self.columns.stop - self.columns.start, input_size)
-        for name in _TENSORS:
+        for name in INT4_TENSORS:
             layer.register_parameter(name, self._tensor(layer, name, rows, loader))
         if repeats_single_group(layer, self.prefix):
             relay = LoaderRelay(torch.empty(0, device="meta"), weight_loader=loader)
@@ -157,7 +159,7 @@ class StoredLinearMethod(Int4LinearMethod):
         if self._bytes_read(rows) > LARGE_BYTES:
             loader = compat.loader_filling_on_cpu(layer, loader)
         tensor = StoredTensor(
-            data=torch.empty(count, rows, device="meta", dtype=_TENSORS[name]),
+            data=torch.empty(count, rows, device="meta", dtype=INT4_TENSORS[name]),
             input_dim=0,
             output_dim=1,
             weight_loader=loader,
@@ -177,23 +179,18 @@ class StoredLinearMethod(Int4LinearMethod):
 
     def _rows_read(self) -> dict[str, tuple[int, int]]:
         """First row and number of rows, along K, of each tensor that this rank reads."""
-        columns, size = self.columns, self.scheme.group_size
-        # read_start is where a group begins, so even.
-        packed = columns.read_start // 2, (columns.columns_read + 1) // 2
-        first_group = group_count(columns.read_start, size) if columns.read_start else 0
-        groups = first_group, group_count(columns.columns_read, size)
-        return {"weight_packed": packed, "weight_scale": groups, "weight_zero_point": groups}
+        return stored_rows(self.columns, self.scheme.group_size)
 
     def _bytes_read(self, rows: int) -> int:
         """Bytes of the tensors that this rank reads, N being `rows`."""
         read = self._rows_read()
-        return sum(read[name][1] * rows * dtype.itemsize for name, dtype in _TENSORS.items())
+        return sum(read[name][1] * rows * dtype.itemsize for name, dtype in INT4_TENSORS.items())
 
     def _take_quantized(self, layer: torch.nn.Module) -> QuantizedWeight:
-        tensors = [getattr(layer, name) for name in _TENSORS]
+        tensors = [getattr(layer, name) for name in INT4_TENSORS]
         packed, scale, zero_point = (tensor.data for tensor in tensors)
         if not self.counts_loads:
-            _fill_with_dummies(packed, scale, zero_point)
+            fill_with_dummies(packed, scale, zero_point)
         self._require_finite(scale, zero_point)
         order = self._take_order(layer) if self.ordered else None
         columns = self.columns
@@ -202,7 +199,7 @@ class StoredLinearMethod(Int4LinearMethod):
         )
         if columns.kept != (0, columns.columns_read):
             quantized = slice_columns(quantized, *columns.kept)
-        for name, tensor in zip(_TENSORS, tensors, strict=True):
+        for name, tensor in zip(INT4_TENSORS, tensors, strict=True):
             # vLLM's loader still holds the parameter; its memory is wanted as soon as possible.
             tensor.data = tensor.data.new_empty(0)
             delattr(layer, name)
@@ -298,7 +295,7 @@ def _load_order(
     param.data[part].copy_(loaded_weight)
 
 
-def _fill_with_dummies(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+def fill_with_dummies(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
     """Replace what vLLM's dummy loader leaves: it fills floating-point tensors only."""
     generator = torch.Generator(packed.device).manual_seed(_DUMMY_SEED)
     packed.random_(0, 256, generator=generator)

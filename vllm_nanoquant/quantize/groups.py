@@ -9,6 +9,7 @@ be a whole row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -192,4 +193,23 @@ def slice_columns(weight: QuantizedWeight, start: int, stop: int) -> QuantizedWe
         group_size=size,
         in_features=stop - start,
         group_offset=(start + weight.group_offset) % size,
+    )
+
+
+def join_rows(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Rows of several weights with the same columns and groups, one below the other.
+
+    Raises ValueError when they differ in their columns or groups.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    forms = {(part.in_features, part.group_size, part.group_offset) for part in parts}
+    if len(forms) > 1:
+        raise ValueError(f"weights with other columns or groups cannot be joined: {sorted(forms)}")
+    return replace(
+        first,
+        packed=torch.cat([part.packed for part in parts], dim=1),
+        scale=torch.cat([part.scale for part in parts], dim=1),
+        zero_point=torch.cat([part.zero_point for part in parts], dim=1),
     )

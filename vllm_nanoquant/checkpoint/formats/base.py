@@ -186,7 +186,11 @@ class Format:
 
 
 def is_servable(module: str) -> bool:
-    """Whether our method serves this module in int4: it has a role and is no routed expert."""
+    """Whether a module that another tool quantized is int4 when we serve it.
+
+    It has a role, and is no routed expert: other tools often leave one of an expert's projections
+    as it was, and ours must all be int4 or none.
+    """
     return role_of(module) is not None and not is_routed_expert(module)
 
 
