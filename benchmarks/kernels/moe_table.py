@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the figures of moe.py into Markdown files, between the lines with moe:begin and moe:end.
+
+python benchmarks/kernels/moe_table.py RESULT.json --write docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.kernels.table import add_markdown_files, tell_stale, update
+
+MARKERS = ("<!-- moe:begin -->", "<!-- moe:end -->")
+LABELS = {
+    "ours": "ours",
+    "bf16": "BF16 (vLLM's Triton)",
+    "marlin": "int4 (vLLM's Marlin)",
+    "triton_int4": "int4 (vLLM's Triton)",
+}
+ROUTES = {
+    "random": "Random routes",
+    "popular": "All tokens of a call choose the same experts",
+}
+
+
+def tables(report: dict[str, Any]) -> str:
+    """Microseconds of each contestant by tokens, for both kinds of routes."""
+    problem, packages = report["problem"], report["packages"]
+    names = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton", "vllm"))
+    parts = [
+        f"{problem['experts']} experts of {problem['intermediate']} x {problem['hidden']}, "
+        f"{problem['top_k']} per token, squared ReLU, one {report['device']['name']} ({names}), "
+        "microseconds; made by `benchmarks/kernels/moe_table.py`."
+    ]
+    for routes, title in ROUTES.items():
+        rows = [row for row in report["results"] if row["routes"] == routes]
+        parts.append(f"{title}:\n\n{_table(rows)}")
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    tokens = sorted({row["tokens"] for row in rows})
+    times = {(row["peer"], row["tokens"]): row for row in rows}
+    lines = [
+        "| " + " | ".join(["tokens", *map(str, tokens), "greatest error"]) + " |",
+        "| --- " * (len(tokens) + 2) + "|",
+    ]
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        cells = []
+        for count in tokens:
+            best = min(row["us"] for row in rows if row["tokens"] == count)
+            us = times[peer, count]["us"]
+            cells.append(f"**{us:.0f}**" if us == best else f"{us:.0f}")
+        error = max(row["error"] for row in rows if row["peer"] == peer)
+        lines.append("| " + " | ".join([LABELS[peer], *cells, f"{error:.1e}"]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path, help="JSON file of moe.py")
+    add_markdown_files(parser)
+    options = parser.parse_args(arguments)
+    try:
+        section = tables(json.loads(options.result.read_text(encoding="utf-8")))
+        files = [*options.check, *options.write]
+        fresh = {path: update(path, section, bool(options.write), MARKERS) for path in files}
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{options.result}: {error!r}")
+    if not files:
+        print(section)
+    return tell_stale(fresh, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
