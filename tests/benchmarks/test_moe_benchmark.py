@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of the experts' benchmark, what a decode step reads, and the contestants' arithmetic."""
+"""The table of the experts' benchmark, what a decode step reads, the contestants' arithmetic."""
 
 import json
 from pathlib import Path

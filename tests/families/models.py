@@ -38,6 +38,9 @@ class Family(NamedTuple):
     """Patterns of the checkpoint's names."""
     ignore: tuple[str, ...] = ()
     """Of these, those to leave as they are."""
+    experts: str = ""
+    """Pattern of the names of routed experts, all of a layer in one tensor of three dimensions:
+    int4 where they are quantized while loading; `nanoquant quantize` leaves them as they are."""
 
 
 FAMILIES = {
@@ -64,6 +67,7 @@ FAMILIES = {
         {**GRANITE, "num_local_experts": 4},
         ("*.mamba.*_proj", QKV, "*.self_attn.o_proj", "*.shared_mlp.*_linear", "lm_head"),
         ("model.layers.0.mamba.in_proj",),
+        "*.block_sparse_moe.*put_linear.weight",
     ),
     "zamba2": Family(
         transformers.Zamba2Config,
@@ -158,6 +162,9 @@ def write_dequantized(name, source, target):
     tensors = load_file(source / "model.safetensors")
     for module in int4_modules(name, source):
         tensors[f"{module}.weight"] = dequantized(tensors[f"{module}.weight"])
+    for key, tensor in tensors.items():
+        if fnmatchcase(key, FAMILIES[name].experts):
+            tensors[key] = torch.stack([dequantized(expert) for expert in tensor])
     save_file(
         {key: tensor.float() for key, tensor in tensors.items()}, target / "model.safetensors"
     )

@@ -4,7 +4,13 @@
 import pytest
 import torch
 
-from .patched_engines import mean_relative_error, patched_job, run_patched, write_dequantized
+from .patched_engines import (
+    mean_relative_error,
+    patched_job,
+    run_patched,
+    same_until_a_tie,
+    write_dequantized,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -84,16 +90,6 @@ def test_in_float32_the_tokens_are_those_of_a_model_with_the_dequantized_weights
     assert found["tokens"] == expected["tokens"]
     assert found["tokens"] != found["before"]
     assert mean_relative_error(found["logits"], expected["logits"]) < 1e-5
-
-
-def same_until_a_tie(found, expected, logits):
-    """Number of tokens before the two part, which they may where bf16 cannot tell the best two."""
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
-        if one != other:
-            best, second = logits[index].topk(2).values
-            assert best - second <= best * 2**-7
-            return index
-    return len(expected)
 
 
 def test_each_patch_says_what_it_replaced_and_only_what_was_left(reports):
