@@ -174,3 +174,18 @@ def test_grouped_on_a_rank_with_some_of_the_experts(at_end: bool) -> None:
     y = grouped(problem, GroupedSettings(32, 128, 8, 1), at_end)
     assert mean_relative_error(y, problem.expected()) <= LIMIT[torch.bfloat16]
     assert torch.equal(grouped(problem, GroupedSettings(32, 128, 8, 1), at_end), y)
+
+
+@pytest.mark.parametrize("expert_map", [None, [-1, 1, 0, -1]])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_router_may_choose_no_expert(
+    tokens: int, expert_map: list[int] | None, at_end: bool
+) -> None:
+    problem = random_moe(tokens, 70, 40, 2, 2, 32, expert_map=expert_map)
+    problem.topk_ids[-1] = torch.tensor([1, -1])
+    expected = problem.expected()
+    for y in (decode(problem, at_end), grouped(problem, GroupedSettings(16, 64, 4, 1), at_end)):
+        assert mean_relative_error(y[-1:], expected[-1:]) <= LIMIT[torch.bfloat16]
+    problem.topk_ids[:] = -1
+    for y in (decode(problem, at_end), grouped(problem, GroupedSettings(16, 64, 4, 1), at_end)):
+        assert not y.any()

@@ -47,7 +47,7 @@ class MoeProblem:
         numbers = None if self.expert_map is None else self.expert_map.tolist()
         for token, chosen in enumerate(ids):
             for slot, expert in enumerate(chosen):
-                own = expert if numbers is None else numbers[expert]
+                own = expert if numbers is None or expert < 0 else numbers[expert]
                 if own >= 0:
                     h = self._activate(w13[own] @ self.x[token].double())
                     y[token] += weights[token, slot] * (w2[own] @ h)

@@ -292,9 +292,7 @@ def moe_grouped(
     _product(x, w13, order, starts, h, None, squared_relu, chosen)
     if ACTIVATIONS[activation]:
         h = gated(h, activation)
-    out = torch.empty((pairs, w2.out_features), dtype=x.dtype, device=x.device)
-    if expert_map is not None:
-        # Rows of other ranks' experts are not written.
-        out.zero_()
+    # Rows of other ranks' experts, and of none, are not written.
+    out = torch.zeros((pairs, w2.out_features), dtype=x.dtype, device=x.device)
     _product(h, w2, order, starts, out, topk_weights, False, chosen)
     return out.view(tokens, top_k, -1).sum(dim=1)

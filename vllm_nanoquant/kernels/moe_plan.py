@@ -92,7 +92,7 @@ def read_plan(
     if ONE_TOKEN:
         expert = tl.load(ids_ptr + pair)
         if HAS_MAP:
-            expert = tl.load(map_ptr + expert)
+            expert = tl.load(map_ptr + expert, mask=expert >= 0, other=-1)
         return expert, pair + column * 0, column < 1
     else:
         plan = plan_ptr + pair * PLAN_WORDS

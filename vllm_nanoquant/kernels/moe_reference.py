@@ -43,8 +43,13 @@ def activate(h: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def local_experts(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
-    """This rank's number of each chosen expert, -1 for those of other ranks: like topk_ids."""
-    return topk_ids if expert_map is None else expert_map[topk_ids.long()]
+    """This rank's number of each chosen expert; -1 for those of other ranks, and for -1.
+
+    A router may choose -1 for tokens that only pad a batch.
+    """
+    if expert_map is None:
+        return topk_ids
+    return torch.where(topk_ids < 0, -1, expert_map[topk_ids.clamp(min=0).long()])
 
 
 def moe_reference(
@@ -63,7 +68,7 @@ def moe_reference(
         w13: E weights [I or 2I, H].
         w2: E weights [H, I].
         topk_weights: fp32 [M, top_k].
-        topk_ids: integers [M, top_k], numbers of experts in the whole model.
+        topk_ids: integers [M, top_k], numbers of experts in the whole model, -1 for none.
         expert_map: int32 [experts of the model], this rank's number of each or -1; None where it
             has them all.
         activation: one of `ACTIVATIONS`.
