@@ -15,6 +15,7 @@ from vllm_nanoquant.kernels import moe_decode as decode_module
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.moe_decode import moe_decode
 from vllm_nanoquant.kernels.moe_grouped import GroupedSettings, moe_grouped
+from vllm_nanoquant.kernels.moe_plan import plan_pairs
 from vllm_nanoquant.quantize.groups import WHOLE_ROW
 
 pytest_plugins = ["tests.kernels.interpreter"]
@@ -189,3 +190,15 @@ def test_a_router_may_choose_no_expert(
     problem.topk_ids[:] = -1
     for y in (decode(problem, at_end), grouped(problem, GroupedSettings(16, 64, 4, 1), at_end)):
         assert not y.any()
+
+
+def test_the_plan_of_the_picture(at_end: bool) -> None:
+    """What `moe_plan.py` draws, and 19 pairs of one expert."""
+    plan = plan_pairs(guarded(torch.tensor([[7, 2, 5], [2, 7, 9]]).int(), at_end), None)
+    assert plan[:, 0].tolist() == [7, 2, 5, -1, -1, 9]
+    works = {pair: plan[pair, 8 : 8 + plan[pair, 1]].tolist() for pair in (0, 1, 2, 5)}
+    assert works == {0: [0, 4], 1: [1, 3], 2: [2], 5: [5]}
+    plan = plan_pairs(guarded(torch.full((19, 1), 3, dtype=torch.int32), at_end), None)
+    assert [pair for pair in range(19) if plan[pair, 0] == 3] == [0, 8, 16]
+    assert plan[[0, 8, 16], 1].tolist() == [8, 8, 3]
+    assert plan[8, 8:16].tolist() == list(range(8, 16))
