@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 from tests.kernels.interpreter import guarded
 from tests.kernels.moe_problem import MoeProblem, random_moe
 from tests.kernels.problem import mean_relative_error
+from vllm_nanoquant.kernels import moe
 from vllm_nanoquant.kernels import moe_decode as decode_module
+from vllm_nanoquant.kernels import moe_grouped as grouped_module
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.moe_decode import moe_decode
 from vllm_nanoquant.kernels.moe_grouped import GroupedSettings, moe_grouped
@@ -202,3 +205,34 @@ def test_the_plan_of_the_picture(at_end: bool) -> None:
     assert [pair for pair in range(19) if plan[pair, 0] == 3] == [0, 8, 16]
     assert plan[[0, 8, 16], 1].tolist() == [8, 8, 3]
     assert plan[8, 8:16].tolist() == list(range(8, 16))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+def test_kernels_by_the_number_of_tokens(
+    tokens: int, monkeypatch: pytest.MonkeyPatch, at_end: bool
+) -> None:
+    """Two pairs at once in the one kernel, five tokens in the other, seven in two parts."""
+    monkeypatch.setattr(moe, "DECODE_PAIRS", 4)
+    monkeypatch.setattr(moe, "GROUPED_TOKENS", 5)
+    problem = random_moe(tokens, 40, 50, 3, 2, 32)
+    chosen = []
+    for module, name in ((decode_module, "moe_decode"), (grouped_module, "moe_grouped")):
+        kernel = getattr(module, name)
+
+        def counted(x: torch.Tensor, *rest: object, kernel: Any = kernel, name: str = name) -> Any:
+            chosen.append((name, len(x)))
+            return kernel(x, *rest)
+
+        monkeypatch.setattr(module, name, counted)
+    arrivals = guarded(problem.arrivals(), at_end)
+    mixture = moe._Mixture(
+        guarded(problem.x, at_end),
+        *guarded_weights(problem, at_end),
+        arrivals,
+        *routes(problem, at_end),
+        problem.activation,
+    )
+    y = moe._sum_of_experts(mixture)
+    assert mean_relative_error(y, problem.expected()) <= LIMIT[torch.bfloat16]
+    many = [("moe_grouped", 5), ("moe_grouped", 2)]
+    assert chosen == (many if tokens == 7 else [("moe_decode", tokens)])

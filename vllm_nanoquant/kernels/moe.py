@@ -7,10 +7,13 @@ The choice is made inside the op, as in `ops.py`. Importing this module does not
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, moe_reference
+from vllm_nanoquant.kernels.ops import ALIGNMENT
 
 SCHEMA = (
     "moe_w4a16(Tensor x, Tensor w13_words, Tensor w13_scales, Tensor w2_words, Tensor w2_scales, "
@@ -38,20 +41,38 @@ def decode_limit(top_k: int) -> int:
     return DECODE_PAIRS // top_k
 
 
-def _experts(
+class _Mixture(NamedTuple):
+    """The op's arguments, the weights gathered and everything checked."""
+
+    x: torch.Tensor
+    w13: ExpertWeights
+    w2: ExpertWeights
+    arrivals: torch.Tensor
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    expert_map: torch.Tensor | None
+    activation: str
+
+
+def _mixture(
     x: torch.Tensor,
     w13_words: torch.Tensor,
     w13_scales: torch.Tensor,
     w2_words: torch.Tensor,
     w2_scales: torch.Tensor,
+    arrivals: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
     intermediate: int,
     activation: str,
     group_size: int,
     w2_group_offset: int,
-) -> tuple[ExpertWeights, ExpertWeights]:
-    """Gather the weights; ValueError unless they are of one layer."""
+) -> _Mixture:
+    """Gather the arguments in the order of SCHEMA; ValueError unless they are of one layer."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    _check_routes(x, topk_weights, topk_ids, expert_map)
     rows = 2 * intermediate if ACTIVATIONS[activation] else intermediate
     hidden = x.shape[-1]
     w13 = ExpertWeights(w13_words, w13_scales, rows, hidden, group_size)
@@ -60,7 +81,11 @@ def _experts(
         raise ValueError(f"w13 has {w13.experts} experts, w2 has {w2.experts}")
     if x.device != w13_words.device or x.device != w2_words.device:
         raise ValueError(f"x is on {x.device}, the weights on {w13_words.device}")
-    return w13, w2
+    if arrivals.numel() < arrivals_needed(hidden):
+        raise ValueError(
+            f"arrivals has {arrivals.numel()} counters; {arrivals_needed(hidden)} are needed"
+        )
+    return _Mixture(x, w13, w2, arrivals, topk_weights, topk_ids, expert_map, activation)
 
 
 def _check_routes(
@@ -82,74 +107,48 @@ def _check_routes(
         raise ValueError(f"expert_map is {expert_map.dtype}; it must be torch.int32")
 
 
-def _cpu(
-    x: torch.Tensor,
-    w13_words: torch.Tensor,
-    w13_scales: torch.Tensor,
-    w2_words: torch.Tensor,
-    w2_scales: torch.Tensor,
-    arrivals: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    intermediate: int,
-    activation: str,
-    group_size: int,
-    w2_group_offset: int,
-) -> torch.Tensor:
-    weights = (w13_words, w13_scales, w2_words, w2_scales)
-    options = (intermediate, activation, group_size, w2_group_offset)
-    w13, w2 = _experts(x, *weights, *options)
-    _check_routes(x, topk_weights, topk_ids, expert_map)
-    return moe_reference(x, w13, w2, topk_weights, topk_ids, expert_map, activation)
+def _cpu(*arguments: Any) -> torch.Tensor:
+    mixture = _mixture(*arguments)
+    return moe_reference(
+        mixture.x,
+        mixture.w13,
+        mixture.w2,
+        mixture.topk_weights,
+        mixture.topk_ids,
+        mixture.expert_map,
+        mixture.activation,
+    )
 
 
-def _cuda(
-    x: torch.Tensor,
-    w13_words: torch.Tensor,
-    w13_scales: torch.Tensor,
-    w2_words: torch.Tensor,
-    w2_scales: torch.Tensor,
-    arrivals: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    expert_map: torch.Tensor | None,
-    intermediate: int,
-    activation: str,
-    group_size: int,
-    w2_group_offset: int,
-) -> torch.Tensor:
-    from vllm_nanoquant.kernels.moe_decode import moe_decode
-    from vllm_nanoquant.kernels.moe_grouped import moe_grouped
-    from vllm_nanoquant.kernels.ops import ALIGNMENT
-
-    weights = (w13_words, w13_scales, w2_words, w2_scales)
-    options = (intermediate, activation, group_size, w2_group_offset)
-    w13, w2 = _experts(x, *weights, *options)
-    _check_routes(x, topk_weights, topk_ids, expert_map)
+def _cuda(*arguments: Any) -> torch.Tensor:
+    mixture = _mixture(*arguments)
+    x = mixture.x
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}; on a GPU it must be torch.bfloat16 or torch.float16")
-    if arrivals.numel() < arrivals_needed(w2.out_features):
-        raise ValueError(
-            f"arrivals has {arrivals.numel()} counters; "
-            f"{arrivals_needed(w2.out_features)} are needed"
-        )
     if len(x) == 0:
         return torch.empty_like(x)
     x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
-    routes = (topk_weights.float().contiguous(), topk_ids.int().contiguous(), expert_map)
+    weights, ids = mixture.topk_weights.float().contiguous(), mixture.topk_ids.int().contiguous()
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(x.device):
-        if len(x) <= decode_limit(topk_ids.shape[1]):
-            return moe_decode(x, w13, w2, arrivals, *routes, activation)
-        y = torch.empty_like(x)
-        for first in range(0, len(x), GROUPED_TOKENS):
-            part = slice(first, first + GROUPED_TOKENS)
-            some = (routes[0][part], routes[1][part], expert_map)
-            y[part] = moe_grouped(x[part], w13, w2, *some, activation)
-        return y
+        return _sum_of_experts(mixture._replace(x=x, topk_weights=weights, topk_ids=ids))
+
+
+def _sum_of_experts(mixture: _Mixture) -> torch.Tensor:
+    """The result for M >= 1 tokens, by the kernels for that number of tokens."""
+    from vllm_nanoquant.kernels.moe_decode import moe_decode
+    from vllm_nanoquant.kernels.moe_grouped import moe_grouped
+
+    x, w13, w2, arrivals, weights, ids, expert_map, activation = mixture
+    if len(x) <= decode_limit(ids.shape[1]):
+        return moe_decode(x, w13, w2, arrivals, weights, ids, expert_map, activation)
+    y = torch.empty_like(x)
+    for first in range(0, len(x), GROUPED_TOKENS):
+        part = slice(first, first + GROUPED_TOKENS)
+        y[part] = moe_grouped(x[part], w13, w2, weights[part], ids[part], expert_map, activation)
+    return y
 
 
 def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:
