@@ -65,15 +65,48 @@ print(
 
 
 @pytest.mark.compat
-def test_a_plugin_that_cannot_register_does_not_end_the_process():
+def test_parsers_are_offered_and_not_imported_and_take_no_ones_name():
+    code = """
+import sys
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+managers = (ToolParserManager, ReasoningParserManager)
+ToolParserManager.register_lazy_module("nanoquant_nemotron_v2", "theirs", "Theirs")
+from vllm_nanoquant.plugin import PARSERS, register
+register(); register()
+theirs = ToolParserManager.lazy_parsers.pop(PARSERS)
+register()
+late = sum(f"vllm_nanoquant.serving.{name}_parser" in sys.modules for name in ("tool", "reasoning"))
+print(
+    PARSERS,
+    theirs[0],
+    [PARSERS in manager.list_registered() for manager in managers],
+    late,
+    ToolParserManager.get_tool_parser(PARSERS).__name__,
+    ReasoningParserManager.get_reasoning_parser(PARSERS).__name__,
+)
+"""
+    assert python(code) == (
+        "nanoquant_nemotron_v2 theirs [True, True] 0 NemotronV2ToolParser NemotronV2ReasoningParser"
+    )
+
+
+@pytest.mark.compat
+def test_what_cannot_be_registered_ends_no_process_and_leaves_the_rest():
     code = """
 import sys
 sys.modules["vllm_nanoquant.config"] = None  # importing it now raises
-from vllm_nanoquant.plugin import register
+from vllm_nanoquant.plugin import PARSERS, register
 register()
-print("alive")
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+from vllm.tool_parsers import ToolParserManager
+found = [PARSERS in ToolParserManager.list_registered(), "nanoquant_w4a16" in QUANTIZATION_METHODS]
+del sys.modules["vllm_nanoquant.config"]
+sys.modules["vllm.tool_parsers"] = None
+register()
+print(*found, "nanoquant_w4a16" in QUANTIZATION_METHODS)
 """
-    assert python(code) == "alive"
+    assert python(code) == "True False True"
 
 
 @pytest.mark.compat

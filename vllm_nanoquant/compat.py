@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every vLLM detail that differs between the supported releases, or that may move.
 
-Each entry says which releases need it. Modules outside this one, ``config.py``, ``compilation.py``
-and ``layers/`` do not touch vLLM. What is costly to import is imported when it is used: every vLLM
-process imports this module, whatever the model.
+Each entry says which releases need it. Modules outside this one, ``config.py``, ``compilation.py``,
+``layers/`` and the two parsers in ``serving/`` do not touch vLLM. What is costly to import is
+imported when it is used: every vLLM process imports this module, whatever the model.
 """
 
 import functools
+import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from vllm_nanoquant.recipe import METHOD, RecipeError
 __all__ = [
     "MAX_VLLM",
     "MIN_VLLM",
+    "chat_protocol",
     "checkpoint_json",
     "checkpoint_tensors",
     "collects_weights",
@@ -32,6 +35,7 @@ __all__ = [
     "map_name",
     "process_when_loaded",
     "reads_by_default_loader",
+    "register_parsers",
     "require_supported_vllm",
     "revision_of",
     "translate_weights",
@@ -82,6 +86,35 @@ def require_supported_vllm() -> None:
             f"{version}. Install a supported release (pip install 'vllm>={MIN_VLLM},<{MAX_VLLM}') "
             "or a vllm-nanoquant made for yours"
         )
+
+
+def chat_protocol() -> ModuleType:
+    """Module with what parsers return (``DeltaMessage``, ``ToolCall`` and others).
+
+    It moved in 0.29; the other branch can go with 0.28.
+    """
+    try:
+        return importlib.import_module("vllm.entrypoints.generate.base.protocol")
+    except ModuleNotFoundError:
+        return importlib.import_module("vllm.entrypoints.openai.engine.protocol")
+
+
+def register_parsers(name: str, tools: tuple[str, str], reasoning: tuple[str, str]) -> None:
+    """Offer a tool parser and a reasoning parser under a name, to be imported when asked for.
+
+    A name that vLLM, or another plugin, has already stays theirs.
+
+    Args:
+        name: for ``--tool-call-parser`` and ``--reasoning-parser``.
+        tools: module and class of the tool parser.
+        reasoning: module and class of the reasoning parser.
+    """
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    for manager, where in ((ToolParserManager, tools), (ReasoningParserManager, reasoning)):
+        if name not in manager.list_registered():
+            manager.register_lazy_module(name, *where)
 
 
 def checkpoint_tensors(model: str, revision: str | None) -> dict[str, Any]:
