@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger as _vllm_init_logger
 
 from vllm_nanoquant.recipe import METHOD, RecipeError
+from vllm_nanoquant.requirements import MAX_VLLM, MIN_VLLM
 
 __all__ = [
     "MAX_VLLM",
@@ -43,11 +44,6 @@ __all__ = [
     "workers_take_functions",
     "wrap_set_cudagraph_sizes",
 ]
-
-MIN_VLLM = Version("0.26")
-"""First supported release."""
-MAX_VLLM = Version("0.34")
-"""First release that is not supported."""
 
 _WRAPPED = "_nanoquant_wrapped"
 _TRANSLATION = "_nanoquant_translation"

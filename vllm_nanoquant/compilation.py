@@ -15,10 +15,10 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm_nanoquant import compat
 from vllm_nanoquant.command_line import RIGHT_FLAG
 from vllm_nanoquant.recipe import MAX_CAPTURE_SIZE, METHOD
+from vllm_nanoquant.requirements import BYTECODE_HOOK, forced_bytecode_hook
 
 logger = compat.init_logger(__name__)
 
-_BYTECODE_HOOK = "VLLM_USE_BYTECODE_HOOK"
 _GRAPH_STEP = 8  # vLLM's own spacing of sizes above 8
 
 
@@ -155,10 +155,10 @@ def reject_bytecode_hook() -> None:
     Raises:
         ValueError: ``VLLM_USE_BYTECODE_HOOK`` is set, and not to 0.
     """
-    value = os.environ.get(_BYTECODE_HOOK)
-    if value is not None and value.strip() != "0":
+    value = forced_bytecode_hook(os.environ)
+    if value is not None:
         raise ValueError(
-            f"{METHOD} does not run under vLLM's bytecode hook, and {_BYTECODE_HOOK}={value} is "
+            f"{METHOD} does not run under vLLM's bytecode hook, and {BYTECODE_HOOK}={value} is "
             f"set: one compiled graph must serve every batch size. Unset it, or set it to 0"
         )
 
@@ -172,9 +172,9 @@ def disable_bytecode_hook() -> None:
     Raises:
         ValueError: vLLM has already frozen the setting in this process, switched on.
     """
-    os.environ.setdefault(_BYTECODE_HOOK, "0")
+    os.environ.setdefault(BYTECODE_HOOK, "0")
     if envs.VLLM_USE_BYTECODE_HOOK:
         raise ValueError(
-            f"{METHOD}: {_BYTECODE_HOOK} is on and frozen by an engine that ran in this process "
-            f"before; export {_BYTECODE_HOOK}=0 before the first engine starts"
+            f"{METHOD}: {BYTECODE_HOOK} is on and frozen by an engine that ran in this process "
+            f"before; export {BYTECODE_HOOK}=0 before the first engine starts"
         )

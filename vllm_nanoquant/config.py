@@ -36,6 +36,7 @@ from vllm_nanoquant.inventory import (
 )
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme, ServingOptions
+from vllm_nanoquant.requirements import MIN_CAPABILITY
 from vllm_nanoquant.roles import Role, layer_kinds, role_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = compat.init_logger(__name__)
 
-_MIN_CAPABILITY = 80  # bf16 tensor cores
 # Options that no other method has.
 _OURS_ALONE = frozenset({"preset", "max_capture_size"})
 
@@ -96,7 +96,7 @@ class NanoquantConfig(QuantizationConfig):
     @classmethod
     def get_min_capability(cls) -> int:
         """Compute capability, times ten, of the oldest supported GPU."""
-        return _MIN_CAPABILITY
+        return MIN_CAPABILITY
 
     @staticmethod
     def get_config_filenames() -> list[str]:

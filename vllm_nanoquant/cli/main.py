@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nanoquant``: quantize, convert, verify, inspect and describe checkpoints.
+"""``nanoquant``: quantize, convert, verify, inspect and describe checkpoints; check a machine.
 
 Importing this is quick: a command imports torch when it runs, not when its options are read.
 """
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vllm_nanoquant import __version__
-from vllm_nanoquant.cli import card, convert, inspect, quantize, verify
+from vllm_nanoquant.cli import card, convert, doctor, inspect, quantize, verify
 from vllm_nanoquant.cli.output import OK, PROBLEM, USAGE, print_json
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
 
-_COMMANDS = (quantize, convert, verify, inspect, card)
+_COMMANDS = (quantize, convert, verify, inspect, card, doctor)
 
 _EXAMPLES = """\
 examples:
@@ -27,6 +27,8 @@ examples:
 
   nanoquant verify nano-9b-int4
   nanoquant inspect nano-9b-int4
+
+  nanoquant doctor
 
 exit status: 0 all is well; 1 a problem was found; 2 wrong usage; 130 interrupted
 """
