@@ -9,12 +9,10 @@ import torch
 
 from vllm_nanoquant.kernels.layout import (
     ARRIVALS_PER_BLOCK,
-    BLOCK,
-    TILE,
-    TILE_WORDS,
     RuntimeWeight,
     groups_per_chunk,
-    padded,
+    require_tensors,
+    runtime_shapes,
 )
 from vllm_nanoquant.quantize.groups import WHOLE_ROW, QuantizedWeight, validate_group
 
@@ -43,20 +41,13 @@ class ExpertWeights:
         validate_group(self.group_size, self.group_offset)
         if min(self.out_features, self.in_features, len(self.words)) < 1:
             raise ValueError(f"{len(self.words)} experts {list(self.shape)} have no elements")
-        words, scales = _shapes(*self.shape, self.group_size, self.group_offset)
-        expected = {
-            "words": (self.words, (len(self.words), *words)),
-            "scales": (self.scales, (len(self.words), *scales)),
-        }
-        for name, (tensor, shape) in expected.items():
-            if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} is {tensor.dtype} {list(tensor.shape)}; experts {list(self.shape)} "
-                    f"in groups of {self.group_size} with offset {self.group_offset} need "
-                    f"contiguous torch.int32 {list(shape)}"
-                )
-        if self.scales.device != self.words.device:
-            raise ValueError(f"scales is on {self.scales.device}, the words on {self.words.device}")
+        words, scales = runtime_shapes(*self.shape, self.group_size, self.group_offset)
+        require_tensors(
+            f"experts {list(self.shape)} in groups of {self.group_size} with offset "
+            f"{self.group_offset} need",
+            words=(self.words, (len(self.words), *words)),
+            scales=(self.scales, (len(self.words), *scales)),
+        )
 
     @classmethod
     def empty(
@@ -69,7 +60,7 @@ class ExpertWeights:
         device: torch.device,
     ) -> ExpertWeights:
         """Memory for E experts, to be filled with `put`."""
-        words, scales = _shapes(out_features, in_features, group_size, group_offset)
+        words, scales = runtime_shapes(out_features, in_features, group_size, group_offset)
         return cls(
             torch.empty((experts, *words), dtype=torch.int32, device=device),
             torch.empty((experts, *scales), dtype=torch.int32, device=device),
@@ -133,16 +124,3 @@ class ExpertWeights:
         return RuntimeWeight(
             words, self.scales[expert], arrivals, *self.shape, self.group_size, self.group_offset
         )
-
-
-def _shapes(
-    out_features: int, in_features: int, group_size: int, group_offset: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one expert's words and scales."""
-    blocks, chunks = padded(out_features, in_features, group_offset)
-    scale_chunks = 1 if group_size == WHOLE_ROW else chunks
-    tiles = blocks * BLOCK // TILE
-    return (
-        (blocks, chunks, BLOCK // TILE, TILE_WORDS),
-        (scale_chunks, tiles, 8, 2, groups_per_chunk(group_size)),
-    )

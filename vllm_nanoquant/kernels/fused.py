@@ -261,6 +261,29 @@ def fused_kernel(
                 store_tile(total, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
 
 
+def is_wide(device: torch.device) -> bool:
+    """Whether 4 neighbours of K go to a lane in the left operand that the kernel there is given."""
+    return bool(FOUR_WIDE.value) and not has_wgmma(device)
+
+
+def arrange(x: torch.Tensor, chunks: int, padded_rows: int, group_offset: int) -> torch.Tensor:
+    """Copy x [rows, K] to [chunks, padded rows, 128]; what pads the rows is not written."""
+    rows, k = x.shape
+    arranged = torch.empty((chunks, padded_rows, CHUNK), dtype=x.dtype, device=x.device)
+    arrange_kernel[(chunks, triton.cdiv(rows, ARRANGE_ROWS))](
+        x,
+        arranged,
+        rows,
+        k,
+        padded_rows,
+        group_offset,
+        WIDE=is_wide(x.device),
+        ROWS=ARRANGE_ROWS,
+        **launch_options(x.device, num_warps=4, num_stages=1),
+    )
+    return arranged
+
+
 def fused(
     x: torch.Tensor,
     weight: RuntimeWeight,
@@ -271,25 +294,13 @@ def fused(
 
     x is contiguous and bf16 or fp16, for any M >= 1 up to 1024; see `decode` for the rest.
     """
-    tokens, k = x.shape
+    tokens = x.shape[0]
     n = weight.out_features
     chunks = weight.chunks
     device = x.device
     chosen = settings or fused_settings(weight, tokens, device)
     padded_tokens = triton.cdiv(tokens, chosen.tokens) * chosen.tokens
-    four_wide = FOUR_WIDE.value and not has_wgmma(device)
-    arranged = torch.empty((chunks, padded_tokens, CHUNK), dtype=x.dtype, device=device)
-    arrange_kernel[(chunks, triton.cdiv(tokens, ARRANGE_ROWS))](
-        x,
-        arranged,
-        tokens,
-        k,
-        padded_tokens,
-        weight.group_offset,
-        WIDE=four_wide,
-        ROWS=ARRANGE_ROWS,
-        **launch_options(device, num_warps=4, num_stages=1),
-    )
+    arranged = arrange(x, chunks, padded_tokens, weight.group_offset)
     programs = chosen.programs(n, tokens, chunks, device)
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)
     partial_shape = (programs, 2, chosen.tokens, chosen.rows)
@@ -312,7 +323,7 @@ def fused(
         ROWS=chosen.rows,
         TOKENS=chosen.tokens,
         PREFETCH=chosen.prefetch,
-        WIDE=four_wide,
+        WIDE=is_wide(device),
         WGMMA=has_wgmma(device),
         HALVES=chosen.halves,
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),

@@ -91,20 +91,35 @@ def validate_runtime(
     if out_features < 1 or in_features < 1:
         raise ValueError(f"a weight [{out_features}, {in_features}] has no elements")
     shapes = runtime_shapes(out_features, in_features, group_size, group_offset)
-    expected = {
-        "words": (words, shapes[0]),
-        "scales": (scales, shapes[1]),
-        "arrivals": (arrivals, (shapes[0][0] * ARRIVALS_PER_BLOCK,)),
-    }
-    for name, (tensor, shape) in expected.items():
+    require_tensors(
+        f"a weight [{out_features}, {in_features}] in groups of {group_size} with offset "
+        f"{group_offset} needs",
+        words=(words, shapes[0]),
+        scales=(scales, shapes[1]),
+        arrivals=(arrivals, (shapes[0][0] * ARRIVALS_PER_BLOCK,)),
+    )
+
+
+def require_tensors(
+    owner_needs: str,
+    words: tuple[torch.Tensor, tuple[int, ...]],
+    **others: tuple[torch.Tensor, tuple[int, ...]],
+) -> None:
+    """Raise ValueError unless tensors are contiguous int32, of these shapes, and on one device.
+
+    Args:
+        owner_needs: what they belong to, and the verb, for the message.
+        words: a tensor and the shape that it must have.
+        **others: the same, by the names that the message gives them.
+    """
+    for name, (tensor, shape) in {"words": words, **others}.items():
         if tensor.shape != shape or tensor.dtype != torch.int32 or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; a weight [{out_features}, "
-                f"{in_features}] in groups of {group_size} with offset {group_offset} needs "
-                f"contiguous torch.int32 {list(shape)}"
+                f"{name} is {tensor.dtype} {list(tensor.shape)}; {owner_needs} contiguous "
+                f"torch.int32 {list(shape)}"
             )
-        if tensor.device != words.device:
-            raise ValueError(f"{name} is on {tensor.device}, the words on {words.device}")
+        if tensor.device != words[0].device:
+            raise ValueError(f"{name} is on {tensor.device}, the words on {words[0].device}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, moe_reference
-from vllm_nanoquant.kernels.ops import ALIGNMENT
+from vllm_nanoquant.kernels.ops import ALIGNMENT, define_op
 
 SCHEMA = (
     "moe_w4a16(Tensor x, Tensor w13_words, Tensor w13_scales, Tensor w2_words, Tensor w2_scales, "
@@ -155,21 +155,7 @@ def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-def _define() -> None:
-    """Define the op, unless this process has it already (this module may be imported twice)."""
-    namespace = torch.ops.nanoquant
-    if hasattr(namespace, "moe_w4a16"):
-        return
-    library = torch.library.Library("nanoquant", "FRAGMENT")
-    library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("moe_w4a16", _cpu, "CPU")
-    library.impl("moe_w4a16", _cuda, "CUDA")
-    torch.library.register_fake("nanoquant::moe_w4a16", _fake, lib=library)
-    # See `ops.py`: the library must live as long as the process.
-    namespace.moe_w4a16_library = library
-
-
-_define()
+define_op(SCHEMA, _cpu, _cuda, _fake)
 
 
 def moe_w4a16(

@@ -21,20 +21,15 @@ import triton
 import triton.language as tl
 
 from vllm_nanoquant.kernels.experts import ExpertWeights
-from vllm_nanoquant.kernels.fragments import (
-    FOUR_WIDE,
-    load_scales,
-    scale_offsets,
-    word_offsets,
-)
+from vllm_nanoquant.kernels.fragments import load_scales, scale_offsets, word_offsets
 from vllm_nanoquant.kernels.fused import (
-    ARRANGE_ROWS,
     after_tensor_cores,
-    arrange_kernel,
+    arrange,
+    is_wide,
     left_operand,
     whole_left_operand,
 )
-from vllm_nanoquant.kernels.layout import CHUNK
+from vllm_nanoquant.kernels.moe import GROUPED_TOKENS, decode_limit
 from vllm_nanoquant.kernels.moe_gate import gated
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, local_experts
 from vllm_nanoquant.kernels.settings import has_wgmma, launch_options
@@ -84,8 +79,6 @@ def grouped_settings(
 
 def grouped_buckets(experts: int, top_k: int, device: torch.device) -> tuple[int, ...]:
     """One number of tokens for each of the settings of `moe_grouped`, to compile them all."""
-    from vllm_nanoquant.kernels.moe import GROUPED_TOKENS, decode_limit
-
     least = decode_limit(top_k) + 1
     averages = [0, *(each.tokens + 1 for each in grouped_choices(device)[:-1])]
     return tuple(
@@ -209,22 +202,10 @@ def _product(
     chosen: GroupedSettings,
 ) -> None:
     """Fill out [pairs, N]: x [rows, K] with the experts of `weight`, pairs // rows pairs a row."""
-    rows, k = x.shape
+    rows = len(x)
     pairs = len(out)
     device = x.device
-    four_wide = FOUR_WIDE.value and not has_wgmma(device)
-    arranged = torch.empty((weight.chunks, rows, CHUNK), dtype=x.dtype, device=device)
-    arrange_kernel[(weight.chunks, triton.cdiv(rows, ARRANGE_ROWS))](
-        x,
-        arranged,
-        rows,
-        k,
-        rows,
-        weight.group_offset,
-        WIDE=four_wide,
-        ROWS=ARRANGE_ROWS,
-        **launch_options(device, num_warps=4, num_stages=1),
-    )
+    arranged = arrange(x, weight.chunks, rows, weight.group_offset)
     # Each expert has at most one block that is not full.
     blocks = pairs // chosen.tokens + min(weight.experts, pairs)
     grouped_kernel[(triton.cdiv(weight.out_features, chosen.rows), blocks)](
@@ -250,7 +231,7 @@ def _product(
         ROWS=chosen.rows,
         TOKENS=chosen.tokens,
         HALVES=chosen.halves,
-        WIDE=four_wide,
+        WIDE=is_wide(device),
         WGMMA=has_wgmma(device),
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
     )

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_nanoquant.kernels.moe import DECODE_PAIRS
 from vllm_nanoquant.kernels.settings import launch_options
 
 # Words of the plan of one pair, and where the list of pairs begins among them.
@@ -30,7 +31,7 @@ FIRST_MEMBER = tl.constexpr(8)
 PLANNED = 16
 
 # Lengths of the list of pairs that the kernel is compiled for; the last is the longest.
-PAIR_SIZES = (16, 64, 512)
+PAIR_SIZES = (16, 64, DECODE_PAIRS)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ would freeze the branch taken at trace time. Importing this module does not impo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_nanoquant.kernels.layout import RuntimeWeight
@@ -123,22 +125,37 @@ def _fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _define() -> None:
-    """Define the op, unless this process has it already (this module may be imported twice)."""
+def define_op(
+    schema: str,
+    cpu: Callable[..., torch.Tensor],
+    cuda: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor],
+) -> None:
+    """Define an op of `torch.ops.nanoquant`, unless this process has it already.
+
+    It has, where a module of ours is removed and imported anew.
+
+    Args:
+        schema: PyTorch's, the name in front.
+        cpu: what a CPU runs.
+        cuda: what a GPU runs.
+        fake: what tells the compiler the shape of the result.
+    """
     namespace = torch.ops.nanoquant
-    if hasattr(namespace, "w4a16"):
+    name = schema.partition("(")[0]
+    if hasattr(namespace, name):
         return
     library = torch.library.Library("nanoquant", "FRAGMENT")
-    library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("w4a16", _cpu, "CPU")
-    library.impl("w4a16", _cuda, "CUDA")
-    torch.library.register_fake("nanoquant::w4a16", _fake, lib=library)
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, cpu, "CPU")
+    library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"nanoquant::{name}", fake, lib=library)
     # A library that is collected takes its ops with it. The namespace object lives as long as the
     # process, which a global of this module would not if the module were removed and imported anew.
-    namespace.w4a16_library = library
+    setattr(namespace, f"{name}_library", library)
 
 
-_define()
+define_op(SCHEMA, _cpu, _cuda, _fake)
 
 
 def w4a16(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -35,7 +35,7 @@ from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.layers.stored_linear import INT4_TENSORS
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.algorithms import quantize
-from vllm_nanoquant.quantize.groups import WHOLE_ROW, QuantizedWeight, slice_columns
+from vllm_nanoquant.quantize.groups import WHOLE_ROW, QuantizedWeight
 from vllm_nanoquant.recipe import METHOD, Scheme
 
 logger = compat.init_logger(__name__)
@@ -219,9 +219,8 @@ class Int4ExpertsMethod(FusedMoEMethodBase):
 
     def _add(self, expert: int, shard: str, weight: QuantizedWeight) -> None:
         """Put one part of an expert, as it was read, where it belongs."""
-        columns = self.columns
-        if shard == "w2" and columns.kept != (0, columns.columns_read):
-            weight = slice_columns(weight, *columns.kept)
+        if shard == "w2":
+            weight = self.columns.own_part(weight)
         if self._parts is None:
             self._parts = self._empty()
         self._parts.add(expert, shard, weight)

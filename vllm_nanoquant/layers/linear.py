@@ -32,7 +32,7 @@ from vllm_nanoquant.layers.replaced_loader import ReplaceableLoader
 from vllm_nanoquant.layers.sharding import ColumnShare, column_share
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.algorithms import quantize
-from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
+from vllm_nanoquant.quantize.groups import QuantizedWeight
 from vllm_nanoquant.recipe import METHOD, Scheme
 
 logger = compat.init_logger(__name__)
@@ -263,8 +263,7 @@ class NanoquantLinearMethod(Int4LinearMethod):
             )
         except ValueError as error:
             raise ValueError(f"{METHOD}: {self.prefix}.weight: {error}") from error
-        if columns.kept != (0, columns.columns_read):
-            quantized = slice_columns(quantized, *columns.kept)
+        quantized = columns.own_part(quantized)
         # vLLM's loader still holds the parameter; its memory is wanted now.
         weight.data = weight.data.new_empty(0)
         del layer.weight

@@ -13,7 +13,12 @@ all columns of the groups it touches, quantizes them, and cuts its share out of 
 
 from dataclasses import dataclass
 
-from vllm_nanoquant.quantize.groups import WHOLE_ROW, group_count
+from vllm_nanoquant.quantize.groups import (
+    WHOLE_ROW,
+    QuantizedWeight,
+    group_count,
+    slice_columns,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class ColumnShare:
     def kept(self) -> tuple[int, int]:
         """Range of the rank's own columns among those that were read."""
         return self.start - self.read_start, self.stop - self.read_start
+
+    def own_part(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The rank's own columns of a weight [N, columns read]."""
+        if self.kept == (0, self.columns_read):
+            return weight
+        return slice_columns(weight, *self.kept)
 
 
 def column_share(in_features: int, share: int, rank: int, group_size: int) -> ColumnShare:

@@ -16,7 +16,7 @@ from vllm_nanoquant.checkpoint.stored import Int4Module, require_shape
 from vllm_nanoquant.layers.expert_parts import Cut
 from vllm_nanoquant.layers.experts import Int4ExpertsMethod
 from vllm_nanoquant.layers.sharding import column_share, stored_rows
-from vllm_nanoquant.layers.stored_linear import INT4_TENSORS
+from vllm_nanoquant.layers.stored_linear import INT4_TENSORS, require_finite
 from vllm_nanoquant.ledger import Ledger
 from vllm_nanoquant.quantize.groups import QuantizedWeight
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
@@ -86,11 +86,7 @@ class StoredExpertsMethod(Int4ExpertsMethod):
             tensors[name].to(self.device).contiguous() for name in INT4_TENSORS
         )
         for name, values in (("weight_scale", scale), ("weight_zero_point", zero_point)):
-            if not bool(torch.isfinite(values).all()):
-                raise ValueError(
-                    f"{METHOD}: {self._name(number, shard, name)} has values that are not finite; "
-                    "the checkpoint is damaged, fetch its files again"
-                )
+            require_finite(values, self._name(number, shard, name))
         columns = self.columns.columns_read if shard == "w2" else self.hidden
         weight = QuantizedWeight(packed, scale, zero_point, self.scheme.group_size, columns)
         self._add(expert, shard, weight)

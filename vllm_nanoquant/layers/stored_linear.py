@@ -30,7 +30,7 @@ from vllm_nanoquant.layers.replaced_loader import (
 )
 from vllm_nanoquant.layers.sharding import stored_rows
 from vllm_nanoquant.ledger import Ledger
-from vllm_nanoquant.quantize.groups import QuantizedWeight, slice_columns
+from vllm_nanoquant.quantize.groups import QuantizedWeight
 from vllm_nanoquant.recipe import METHOD, RecipeError, Scheme
 
 LARGE_BYTES = 384 << 20
@@ -191,14 +191,14 @@ class StoredLinearMethod(Int4LinearMethod):
         packed, scale, zero_point = (tensor.data for tensor in tensors)
         if not self.counts_loads:
             fill_with_dummies(packed, scale, zero_point)
-        self._require_finite(scale, zero_point)
+        for name, tensor in (("weight_scale", scale), ("weight_zero_point", zero_point)):
+            require_finite(tensor, f"{', '.join(self.parts)}: {name}")
         order = self._take_order(layer) if self.ordered else None
         columns = self.columns
         quantized = QuantizedWeight(
             packed, scale, zero_point, self.scheme.group_size, columns.columns_read
         )
-        if columns.kept != (0, columns.columns_read):
-            quantized = slice_columns(quantized, *columns.kept)
+        quantized = columns.own_part(quantized)
         for name, tensor in zip(INT4_TENSORS, tensors, strict=True):
             # vLLM's loader still holds the parameter; its memory is wanted as soon as possible.
             tensor.data = tensor.data.new_empty(0)
@@ -224,14 +224,6 @@ class StoredLinearMethod(Int4LinearMethod):
             copies = 2 * (layer.tp_size - 1)
             return stored if (output_size - stored) % copies == 0 else output_size
         return output_size
-
-    def _require_finite(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
-        for name, tensor in (("weight_scale", scale), ("weight_zero_point", zero_point)):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"{METHOD}: {', '.join(self.parts)}: {name} has values that are not finite; "
-                    "the checkpoint is damaged, fetch its files again"
-                )
 
     def _take_order(self, layer: torch.nn.Module) -> torch.Tensor:
         """Take the checkpoint's order off the layer: int32 [K], checked to be a permutation."""
@@ -293,6 +285,19 @@ def _load_order(
     by_name: dict[str | int | None, int] = {None: 0, "q": 0, "k": 1, "v": 2}
     part = by_name.get(loaded_shard_id, loaded_shard_id)
     param.data[part].copy_(loaded_weight)
+
+
+def require_finite(tensor: torch.Tensor, place: str) -> None:
+    """Refuse scales or zero points that no quantizer makes.
+
+    Raises:
+        ValueError: naming the place.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(
+            f"{METHOD}: {place} has values that are not finite; the checkpoint is damaged, fetch "
+            "its files again"
+        )
 
 
 def fill_with_dummies(packed: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
