@@ -2,7 +2,7 @@
 """Small random models of other families, as transformers builds and saves them.
 
 Sizes do not divide into groups of 128, and the vocabulary needs padding. What becomes int4 is
-written out by hand, and so is the arithmetic of the number format.
+written out by hand.
 """
 
 import json
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+from tests.dequantized import dequantized
 
 SIZES = {"vocab_size": 331, "hidden_size": 192, "intermediate_size": 328}
 ATTENTION = {"num_attention_heads": 6, "num_key_value_heads": 2}
@@ -142,18 +144,6 @@ def int4_modules(name, folder):
 
     modules = modules_of(folder)
     return {m for m in modules if named(m, family.int4) and not named(m, family.ignore)}
-
-
-def dequantized(weight, group_size=128):
-    """What int4 makes of a weight [N, K], in float32."""
-    parts = []
-    for group in weight.float().split(group_size, dim=1):
-        low = group.amin(1, keepdim=True).clamp(max=0)
-        high = group.amax(1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / 15).bfloat16().float()
-        zero = (low / scale).bfloat16().float()
-        parts.append(((group / scale - zero).round().clamp(0, 15) + zero) * scale)
-    return torch.cat(parts, 1)
 
 
 def write_dequantized(name, source, target):

@@ -3,7 +3,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -13,7 +12,6 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import int4_tensors
 from vllm_nanoquant.recipe import Recipe
 
 from .engines import heldout_windows, job
@@ -25,26 +23,6 @@ TOKENS = 12
 RANK = 8
 # One step of bf16, in which the LM head rounds, is at most this part of a logit.
 TIE = 2**-7
-
-
-def write_dequantized(source, target, dtype=torch.bfloat16):
-    """Copy a checkpoint with, for weights that preset `full` quantizes, what their int4 stands for.
-
-    (q + zero) * scale is taken in float64, by nothing but the number format, then rounded once.
-    """
-    shutil.copytree(source, target)
-    recipe, tensors = Recipe(**FULL), load_file(source / "model.safetensors")
-    for name, weight in tensors.items():
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and recipe.scheme(module, None):
-            packed, scale, zero_point = int4_tensors(module, weight, GROUP_SIZE).values()
-            columns = torch.arange(weight.shape[1])
-            integers = (packed[columns // 2] >> (4 * (columns % 2))[:, None]) & 15
-            groups = columns // GROUP_SIZE
-            exact = (integers.double() + zero_point[groups].double()) * scale[groups].double()
-            tensors[name] = exact.t().contiguous().to(dtype)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 def write_adapter(model, target):

@@ -3,22 +3,15 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
-from tests.dequantized import dequantized
 
 from .engines import job
 
 RUNNER = Path(__file__).with_name("run_patched.py")
-# Every module that preset `full` makes int4, by the last part of its name in the checkpoint.
-FULL = {"in_proj", "out_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj"}
-FULL |= {"lm_head"}
 
 
 def patched_job(name, model, patches=(), options=None, **rest):
@@ -52,17 +45,6 @@ def run_patched(jobs, folder, environment=None, timeout=850):
         name, *lines = part.splitlines()
         reports[name]["log"] = lines
     return reports
-
-
-def write_dequantized(source, target, dtype=torch.bfloat16):
-    """A checkpoint whose weights have the values of int4 by preset `full`, rounded to `dtype`."""
-    shutil.copytree(source, target)
-    tensors = load_file(source / "model.safetensors")
-    for name, tensor in tensors.items():
-        if name.removesuffix(".weight").rsplit(".", 1)[-1] in FULL:
-            tensors[name] = dequantized(tensor).to(dtype)
-    save_file(tensors, target / "model.safetensors")
-    return target
 
 
 def mean_relative_error(found, expected):

@@ -11,6 +11,8 @@ from operator import ne
 import pytest
 import torch
 
+from tests.dequantized import write_dequantized
+
 from .features import (
     RANK,
     Answers,
@@ -20,7 +22,6 @@ from .features import (
     feature_job,
     prompts,
     write_adapter,
-    write_dequantized,
     write_transformer,
 )
 

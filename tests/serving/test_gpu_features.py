@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.dequantized import write_dequantized
+
 from .features import (
     RANK,
     Answers,
@@ -20,7 +22,6 @@ from .features import (
     feature_job,
     prompts,
     write_adapter,
-    write_dequantized,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

@@ -5,12 +5,13 @@ import re
 
 import pytest
 
+from tests.dequantized import write_dequantized
+
 from .patched_engines import (
     mean_relative_error,
     patched_job,
     run_patched,
     same_until_a_tie,
-    write_dequantized,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]

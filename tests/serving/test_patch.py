@@ -4,12 +4,13 @@
 import pytest
 import torch
 
+from tests.dequantized import write_dequantized
+
 from .patched_engines import (
     mean_relative_error,
     patched_job,
     run_patched,
     same_until_a_tie,
-    write_dequantized,
 )
 
 pytestmark = pytest.mark.slow
