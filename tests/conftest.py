@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# vLLM's Mamba kernels try many settings in every new compile cache, for a minute and more; and two
+# engines that chose differently round differently.
+os.environ.setdefault("VLLM_TRITON_FORCE_FIRST_CONFIG", "1")
 
 TINY_MODEL = Path(__file__).parent.parent / "models" / "tiny-nemotron-h"
 

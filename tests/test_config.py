@@ -5,6 +5,7 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -139,6 +140,13 @@ def test_a_json_file_of_a_checkpoint(tiny_model, tmp_path):
         (tmp_path / "index.json").write_text(text)
         with pytest.raises(RecipeError, match=r"index\.json of .* is not"):
             compat.checkpoint_json(str(tmp_path), None, "index.json")
+
+
+def test_a_layer_may_ask_again_outside_of_an_engine():
+    """As attention layers do when vLLM 0.26 reloads weights."""
+    assert (
+        NanoquantConfig().get_quant_method(torch.nn.Module(), "model.layers.3.mixer.attn") is None
+    )
 
 
 def test_a_stock_checkpoint_is_quantized_while_loading():

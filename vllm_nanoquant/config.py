@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -312,7 +312,11 @@ class NanoquantConfig(QuantizationConfig):
                 ``--additional-config``.
         """
         compilation.disable_bytecode_hook()
-        engine = get_current_vllm_config()
+        engine = get_current_vllm_config_or_none()
+        if engine is None:
+            # vLLM 0.26 reloads weights: an attention layer asks again, outside of any engine's
+            # settings. They were checked when the layer was built.
+            return
         if not current_platform.support_static_graph_mode():
             # vLLM chooses no capture sizes there, so the front end has not been asked.
             about_states = compilation.rounded_states(engine)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -90,6 +91,12 @@ def ask(label, asked, tokens=TOKENS, logits=True, **step):
     return {"ask": label, "prompts": asked, "tokens": tokens, "logits": logits, **step}
 
 
+def engines_at_once():
+    """Engines of this small model that the GPU has room for; loading takes a core or two."""
+    _, memory = torch.cuda.mem_get_info()
+    return max(1, min(len(os.sched_getaffinity(0)) // 2, memory // (16 << 30)))
+
+
 class Answers(NamedTuple):
     """Greedy continuations of some prompts: token ids, and logits [tokens, vocabulary] of each."""
 
@@ -110,18 +117,19 @@ class Lab:
         self.environment = environment or {}
         self._logs = {}
 
+    def run_ahead(self, names, together):
+        """Run the groups of these jobs now, so many at the same time."""
+        with ThreadPoolExecutor(together) as pool:
+            list(pool.map(self._run_group, map(self._group_of, names)))
+
     def report(self, name):
         """Report of a job, with its part of the log.
 
         Raises:
             AssertionError: the job failed; the text is its error.
         """
-        (group,) = [group for group in self.groups if any(job["name"] == name for job in group)]
         if name not in self._logs:
-            self._run(group)
-            for job in group:
-                if len(group) > 1 and "error" in self._read(job["name"]):
-                    self._run([job])
+            self._run_group(self._group_of(name))
         report = self._read(name)
         if "error" in report:
             raise AssertionError(f"{name}: {report['error']}\n{self._logs[name][-4000:]}")
@@ -133,6 +141,16 @@ class Lab:
         file = self.folder / f"{name}.{label}.safetensors"
         stored = load_file(file) if file.exists() else {}
         return Answers(tokens, [stored[str(i)] for i in range(len(stored))])
+
+    def _group_of(self, name):
+        (group,) = [group for group in self.groups if any(job["name"] == name for job in group)]
+        return group
+
+    def _run_group(self, group):
+        self._run(group)
+        for one in group:
+            if len(group) > 1 and "error" in self._read(one["name"]):
+                self._run([one])
 
     def _read(self, name):
         file = self.folder / f"{name}.json"
@@ -158,8 +176,8 @@ class Lab:
         self._logs |= dict(part.split("\n", 1) for part in parts[1:])
 
 
-def mean_relative_error(answers, oracle):
-    """Mean of |logits - oracle's| / |oracle's| over all tokens up to the first that differs.
+def relative_errors(answers, oracle):
+    """|logits - oracle's| / |oracle's| of each token up to the first that differs.
 
     Also returns the prompts, by number, whose tokens differ although the oracle had no tie there:
     its two tokens' logits are more than one step of bf16 apart.
@@ -177,12 +195,13 @@ def mean_relative_error(answers, oracle):
             exact = oracle.logits[i][: same + 1]
             distance = (answers.logits[i][: same + 1] - exact).norm(dim=1)
             errors += (distance / exact.norm(dim=1)).tolist()
-    return sum(errors) / max(1, len(errors)), different
+    return errors, different
 
 
 def assert_agree(answers, oracle, limit):
-    """Assert that logits agree within `limit`, and tokens except at ties."""
-    error, different = mean_relative_error(answers, oracle)
+    """Assert that logits agree within `limit` in the mean, and tokens except at ties."""
+    errors, different = relative_errors(answers, oracle)
+    error = sum(errors) / max(1, len(errors))
     print(f"mean relative error of the logits {error:.2e}")
     assert error <= limit, f"the logits' mean relative error is {error:.2e}, above {limit:.0e}"
     assert not different, f"other tokens than the oracle's for the prompts {different}"

@@ -14,6 +14,7 @@ the reports, FOLDER/NAME.pt the logits [prompts, tokens, vocabulary] of the last
 import json
 import os
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def main():
         try:
             reports[job["name"]] = run(job, folder)
         except Exception as error:
+            traceback.print_exc()
             reports[job["name"]] = {"error": f"{type(error).__name__}: {error}"}
         cleanup_dist_env_and_memory()
     (folder / "reports.json").write_text(json.dumps(reports))

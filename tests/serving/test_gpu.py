@@ -17,7 +17,11 @@ OUR_KERNELS = {"decode_kernel", "arrange_kernel", "fused_kernel", "dequantize_ke
 @pytest.fixture(scope="module")
 def reports(tiny_model, tmp_path_factory):
     windows = heldout_windows(tiny_model)
-    engine = {"enforce_eager": False, "gpu_memory_utilization": 0.3}
+    engine = {
+        "enforce_eager": False,
+        "gpu_memory_utilization": 0.3,
+        "kv_cache_memory_bytes": 2 << 30,
+    }
     jobs = [job("bf16", tiny_model, windows=windows, engine=dict(engine))]
     jobs.append(job("full", tiny_model, {"preset": "full"}, windows=windows, engine=dict(engine)))
     int4 = write_int4(tiny_model, tmp_path_factory.mktemp("int4") / "full", preset="full")

@@ -11,7 +11,6 @@ from .patched_engines import (
     mean_relative_error,
     patched_job,
     run_patched,
-    same_until_a_tie,
 )
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -24,7 +23,7 @@ OUR_KERNELS = {"decode_kernel", "arrange_kernel", "fused_kernel", "dequantize_ke
 def reports(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("patch")
     # Small: engines in one process may leave memory behind.
-    gpu = {"gpu_memory_utilization": 0.15}
+    gpu = {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 2 << 30}
     graphs = gpu | {"enforce_eager": False}
     full = {"preset": "full"}
     jobs = [
@@ -44,15 +43,21 @@ def test_the_tokens_are_those_of_an_engine_that_loaded_int4(reports):
     assert reports["eager"]["tokens"] != reports["eager"]["before"]
 
 
-def test_with_graphs_the_tokens_part_at_ties_alone(reports):
-    """The graphs of the two engines are for other numbers of tokens, so prompts are padded
-    otherwise, and from 17 tokens on the last bits depend on the number."""
+def test_with_graphs_the_logits_are_those_of_an_engine_that_loaded_int4(reports):
+    """Up to where two texts part, which rounding can bring about: what vLLM compiled for the BF16
+    model is gone, but its sizes of graphs are not, and from 17 tokens on the last bits depend on
+    their number."""
     found, expected = reports["graphs"], reports["graphs loaded"]
     same = [
-        same_until_a_tie(*each)
-        for each in zip(found["tokens"], expected["tokens"], expected["logits"], strict=True)
+        next((at for at, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), len(pair[0]))
+        for pair in zip(found["tokens"], expected["tokens"], strict=True)
     ]
-    assert sum(same) >= 60
+    print(f"tokens before texts part: {same}")
+    assert min(same) > 0
+    for prompt, length in enumerate(same):
+        upto = slice(0, length + 1)
+        ours, theirs = (each["logits"][prompt, upto] for each in (found, expected))
+        assert mean_relative_error(ours, theirs) < 1e-2
     assert found["tokens"] != found["before"]
 
 
