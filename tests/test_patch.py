@@ -191,3 +191,23 @@ def test_graphs_that_cannot_be_dropped_are_refused():
     recompile.refuse_lasting_graphs(worker(object(), model_config__enforce_eager=True))
     with pytest.raises(ValueError, match=r"cannot drop the CUDA graphs.*enforce_eager=True"):
         recompile.refuse_lasting_graphs(worker(object()))
+
+
+def test_graphs_are_captured_as_if_no_request_had_been_there(monkeypatch):
+    """A row whose request ended with its prompt looks like a prefill to Mamba layers."""
+    for name in ("lock_workspace", "unlock_workspace"):
+        monkeypatch.setattr(f"vllm.v1.worker.workspace.{name}", lambda: None)
+    rows = torch.tensor([[3, 4], [5, 0]])
+    lengths = {"num_prompt_tokens_cpu_tensor": torch.tensor([8, 5])}
+    lengths["num_computed_tokens_cpu_tensor"] = torch.tensor([0, 29])
+    batch = SimpleNamespace(block_table=SimpleNamespace(clear=rows.zero_), **lengths)
+    seen = {}
+
+    def capture():
+        computed, prompts = batch.num_computed_tokens_cpu_tensor, batch.num_prompt_tokens_cpu_tensor
+        seen["prefills"] = (computed < prompts).tolist()
+        seen["blocks"] = rows.tolist()
+
+    runner = SimpleNamespace(input_batch=batch, max_num_tokens=16, _dummy_run=lambda *_, **__: None)
+    recompile.compile_again(SimpleNamespace(model_runner=runner, compile_or_warm_up_model=capture))
+    assert seen == {"prefills": [False, False], "blocks": [[0, 0], [0, 0]]}

@@ -19,7 +19,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 GRAPHS = {"enforce_eager": False}
 SECONDS = 100
-LIMIT = 1e-2
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +46,14 @@ def lab(tiny_model, tmp_path_factory):
 
 
 def errors(lab, name, oracle):
-    """Of each token, and the share of tokens beyond `LIMIT`, which took another expert."""
+    """Mean and median of the tokens' relative errors up to the first token that differs."""
     found, _ = relative_errors(lab.answers(name, "plain"), lab.answers(oracle, "plain"))
-    share = sum(error > LIMIT for error in found) / len(found)
+    mean, median = statistics.mean(found), statistics.median(found)
     print(
-        f"{name} against {oracle}: mean relative error {statistics.mean(found):.2e}, median "
-        f"{statistics.median(found):.2e}, {share:.0%} of {len(found)} tokens above {LIMIT}"
+        f"{name} against {oracle}: relative error of the logits of {len(found)} tokens: "
+        f"mean {mean:.2e}, median {median:.2e}"
     )
-    return found, share
+    return mean, median
 
 
 @pytest.mark.parametrize(
@@ -62,8 +61,7 @@ def errors(lab, name, oracle):
     [("int4", "bf16"), ("int4 graphs", "bf16"), ("int4 graphs", "int4")],
 )
 def test_logits_agree_as_well_as_those_of_bf16_compiled_and_eager(lab, name, against):
-    own, own_share = errors(lab, "bf16 graphs", "bf16")
-    found, share = errors(lab, name, against)
-    assert statistics.median(found) <= LIMIT
-    assert share <= own_share + 0.05
-    assert statistics.mean(found) <= 1.5 * max(LIMIT, statistics.mean(own))
+    own_mean, own_median = errors(lab, "bf16 graphs", "bf16")
+    mean, median = errors(lab, name, against)
+    assert mean <= 1.5 * own_mean
+    assert median <= 1.5 * own_median

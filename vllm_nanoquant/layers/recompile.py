@@ -166,12 +166,17 @@ def _compiled_parts(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _requests_put_aside(worker: Any) -> contextlib.AbstractContextManager[None]:
-    """Keep warm-up runs out of the blocks that requests before them used."""
+    """Keep warm-up runs out of the blocks and the lengths of the requests before them."""
     runner = worker.model_runner
     if getattr(worker, "use_v2_model_runner", False):
         from vllm.v1.worker.gpu.eplb_utils import preserve_serving_state
 
         return preserve_serving_state(runner)
     # Rows are written anew as requests are added; until then all of them name the null block.
-    runner.input_batch.block_table.clear()
+    batch = runner.input_batch
+    batch.block_table.clear()
+    # A row whose request ended with its prompt would make Mamba layers capture a prefill as the
+    # graph of a decode, which reads tensors that are gone when it is replayed.
+    batch.num_prompt_tokens_cpu_tensor.zero_()
+    batch.num_computed_tokens_cpu_tensor.zero_()
     return contextlib.nullcontext()
