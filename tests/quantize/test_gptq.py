@@ -102,14 +102,14 @@ def test_a_row_that_spreading_makes_worse_is_taken_from_mse(
 ) -> None:
     weight, hessian = problem(16, 64, 300)
     good = quantize_gptq(weight, hessian, 32)
-    original = gptq._spread_errors
+    original = gptq.spread_errors
 
     def spoiled(*arguments: object) -> torch.Tensor:
         q = original(*arguments)  # type: ignore[arg-type]
         q[5] = 15 - q[5]
         return q
 
-    monkeypatch.setattr(gptq, "_spread_errors", spoiled)
+    monkeypatch.setattr(gptq, "spread_errors", spoiled)
     result = quantize_gptq(weight, hessian, 32)
     errors, mse = (
         row_errors(weight, r, hessian)

@@ -17,7 +17,7 @@ from tiny_model.tokens import BOS, CHAT_TEMPLATE, EOS, PAD, SPECIAL_TOKENS
 CONTEXT = 2048  # the longest text a server will take; nothing in the model has a length
 
 
-def model_config(cfg: TinyConfig) -> dict[str, Any]:
+def model_config(cfg: TinyConfig, context: int = CONTEXT) -> dict[str, Any]:
     """Return config.json, with the fields of NVIDIA-Nemotron-Nano-9B-v2's (but no remote code)."""
     return {
         "architectures": ["NemotronHForCausalLM"],
@@ -39,7 +39,7 @@ def model_config(cfg: TinyConfig) -> dict[str, Any]:
         "mamba_hidden_act": "silu",
         "mamba_num_heads": cfg.mamba_num_heads,
         "mamba_proj_bias": False,
-        "max_position_embeddings": CONTEXT,
+        "max_position_embeddings": context,
         "mlp_bias": False,
         "mlp_hidden_act": "relu2",
         "model_type": "nemotron_h",
@@ -68,7 +68,7 @@ def model_config(cfg: TinyConfig) -> dict[str, Any]:
     }
 
 
-def tokenizer_config() -> dict[str, Any]:
+def tokenizer_config(context: int = CONTEXT) -> dict[str, Any]:
     """Return tokenizer_config.json."""
     tokens = {
         str(i): {
@@ -87,7 +87,7 @@ def tokenizer_config() -> dict[str, Any]:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS,
-        "model_max_length": CONTEXT,
+        "model_max_length": context,
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
@@ -98,17 +98,31 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def export(weights: dict[str, Tensor], cfg: TinyConfig, prepared: Path, out: Path) -> None:
-    """Write weights (as bf16), configs, tokenizer and held-out text into ``out``."""
+def export(
+    weights: dict[str, Tensor],
+    cfg: TinyConfig,
+    prepared: Path,
+    out: Path,
+    context: int = CONTEXT,
+) -> None:
+    """Write weights (as bf16), configs, tokenizer and held-out text into ``out``.
+
+    Args:
+        weights: tensors by their names in a checkpoint.
+        cfg: sizes of the model.
+        prepared: folder with tokenizer.json and heldout.txt.
+        out: folder for the checkpoint.
+        context: the longest text that the checkpoint promises to take.
+    """
     out.mkdir(parents=True, exist_ok=True)
     rounded = {k: v.to(torch.bfloat16).contiguous() for k, v in weights.items()}
     save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes its files private
-    config = model_config(cfg)
+    config = model_config(cfg, context)
     write_json(out / "config.json", config)
     ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
-    write_json(out / "tokenizer_config.json", tokenizer_config())
+    write_json(out / "tokenizer_config.json", tokenizer_config(context))
     for name in ("tokenizer.json", "heldout.txt"):
         shutil.copyfile(prepared / name, out / name)
 

@@ -75,8 +75,8 @@ def quantize_gptq(
     if not bool((diagonal > 0).any()):
         return plain
     order = torch.argsort(diagonal, descending=True, stable=True)
-    q = _spread_errors(
-        dense, weighted, order, _inverse_factor(hessian, diagonal, order, damping), block
+    q = spread_errors(
+        dense, weighted, order, inverse_factor(hessian, diagonal, order, damping), block
     )
     spread = QuantizedWeight(
         pack_nibbles(q), weighted.scale, weighted.zero_point, group_size, weight.shape[1]
@@ -112,7 +112,7 @@ def _validate_settings(damping: float, block: int) -> None:
         raise ValueError(f"block is {block}; it must be at least 1")
 
 
-def _inverse_factor(
+def inverse_factor(
     hessian: torch.Tensor, diagonal: torch.Tensor, order: torch.Tensor, damping: float
 ) -> torch.Tensor:
     """Upper triangular U [K, K] with U^T U = inverse of the damped Hessian, columns in `order`.
@@ -146,7 +146,7 @@ def _inverse_factor(
     return torch.linalg.solve_triangular(upper, one, upper=True)
 
 
-def _spread_errors(
+def spread_errors(
     dense: torch.Tensor,
     grid: QuantizedWeight,
     order: torch.Tensor,

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write docs/evidence.md and its plots out of the result files.
+
+    python benchmarks/evidence/page.py
+
+It needs matplotlib for the plots; --no-plots does without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script
+
+from benchmarks.evidence import tables  # noqa: E402
+from benchmarks.evidence.findings import findings  # noqa: E402
+from benchmarks.evidence.plots import save_all  # noqa: E402
+from vllm_nanoquant.files import write_whole  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+EVIDENCE = RESULTS / "small-evidence.json"
+TRAINING = RESULTS / "small-training.json"
+
+_PAGE = """\
+<!-- Written by benchmarks/evidence/page.py: change that, or the result files. -->
+# Evidence
+
+What int4 costs, measured on a Nemotron-H model of {parameters:.0f} million parameters that was
+trained for it: small enough to be trained in minutes and measured in every way, and a language
+model. It has the 9B's kinds of layers in its proportions and its ragged groups (the MLP's inner
+width is 17.5 groups of 128, the 9B's 122.5). It is no 9B: there the same rounding may cost more or
+less, and other kinds of weight the most. Figures of real checkpoints come from the harness of
+[quality.md](quality.md).
+
+## What follows from the figures
+
+{findings}
+
+## How it was measured
+
+- Text: {windows} windows of {window} tokens out of pages that training never saw, and
+  {long_windows} long documents of {long_window} tokens. A page that shares more than a tenth of its
+  runs of eight words with training text is left out.
+- Arithmetic: {arithmetic}. Weights are compared, no kernels. BF16 is the checkpoint as it is.
+- Ours: the package's quantizers and recipes. GPTQ sees {sequences} sequences of {tokens} tokens of
+  training text, except where the table says otherwise.
+- `*-int`: our scales, with zero points rounded to whole numbers.
+- Simulated after their definitions, not made by their tools: llm-compressor's round to nearest,
+  mse observer and GPTQ (`rtn-*`, `mse-sym`, `gptq-*sym`), and FP8 (`fp8`: e4m3, a scale for each
+  row; `fp8-w8a8`: the inputs of each token as well). llm-compressor itself refuses groups that do
+  not divide a row; here the last one is shorter.
+- `linears`: preset `full` without the LM head, which is what llm-compressor's recipe covers.
+- KL: divergence of the next-token distribution from BF16's, of a token. Agreement: both find the
+  same token the likeliest. Bits: of an int4 weight, scales and zero points included.
+- ±: one standard error, by bootstrap over windows, of differences from BF16 in the same window.
+- {device}, torch {torch}.
+
+```sh
+python tools/prepare_small_corpus.py --out build/small-corpus
+python tools/train_small_model.py --data build/small-corpus --out build/small-nemotron-h \\
+    --work build/small-training --report benchmarks/results/small-training.json --minutes 8.5
+python benchmarks/evidence/run.py --model build/small-nemotron-h --data build/small-corpus \\
+    --output benchmarks/results/small-evidence.json
+python benchmarks/evidence/page.py
+```
+
+## The model
+
+{training}
+
+![Held-out perplexity against training tokens](images/evidence-curve.svg)
+
+Text and licence: [tools/small_model/README.md](../tools/small_model/README.md).
+
+## Presets and algorithms
+
+{presets}
+
+## Group sizes
+
+{groups}
+
+## Zero points: float and whole
+
+{zeros}
+
+## Beside llm-compressor's methods and FP8
+
+{peers}
+
+![Bits of a weight against KL divergence](images/evidence-bits.svg)
+
+## One kind of weight at a time
+
+{kinds}
+
+![KL divergence of each kind of weight alone](images/evidence-kinds.svg)
+
+## Layers left in BF16
+
+Preset `balanced` less some layers.
+
+{left_out}
+
+## Long context
+
+KL divergence, 10^-3 nats, by the position in the document: an error that a recurrent state keeps
+would grow from left to right.
+
+{positions}
+
+![KL divergence against position](images/evidence-positions.svg)
+
+## Calibration
+
+Other calibration text (seeds), and less or more of it.
+
+{calibration}
+
+## Each layer alone
+
+{layers}
+"""
+
+
+def page(evidence: dict[str, Any], training: dict[str, Any]) -> str:
+    """The page's text."""
+    results, problem = evidence["results"], evidence["problem"]
+    sections = {
+        section.replace("-", "_"): tables.table(tables.section_rows(results, section))
+        for section in tables.SECTIONS
+    }
+    return _PAGE.format(
+        parameters=problem["parameters"] / 1e6,
+        findings="\n".join(f"- {sentence}" for sentence in findings(results)),
+        training=tables.table(tables.training_rows(training)),
+        positions=tables.table(tables.position_rows(results)),
+        windows=problem["windows"],
+        window=problem["window"],
+        long_windows=problem["long_windows"],
+        long_window=problem["long_window"],
+        arithmetic=problem["arithmetic"],
+        **problem["calibration"],
+        **{key: evidence["machine"][key] for key in ("device", "torch")},
+        **sections,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--evidence", type=Path, default=EVIDENCE, help="JSON file of run.py")
+    parser.add_argument("--training", type=Path, default=TRAINING, help="JSON of the training")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write in")
+    parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
+    options = parser.parse_args(arguments)
+    try:
+        evidence = json.loads(options.evidence.read_text(encoding="utf-8"))
+        training = json.loads(options.training.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(str(error))
+    write_whole(options.docs / "evidence.md", page(evidence, training))
+    if options.plots:
+        try:
+            save_all(evidence["results"], training, options.docs / "images")
+        except ModuleNotFoundError as error:
+            parser.error(f"plots need matplotlib: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
