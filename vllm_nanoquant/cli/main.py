@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nanoquant``: quantize, convert, verify, inspect and describe checkpoints; check a machine.
+"""``nanoquant``: make, check, describe and evaluate int4 checkpoints; check a machine.
 
 Importing this is quick: a command imports torch when it runs, not when its options are read.
 """
@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vllm_nanoquant import __version__
-from vllm_nanoquant.cli import card, convert, doctor, inspect, quantize, verify
+from vllm_nanoquant.cli import card, convert, doctor, evaluate, inspect, quantize, verify
 from vllm_nanoquant.cli.output import OK, PROBLEM, USAGE, print_json
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
 
-_COMMANDS = (quantize, convert, verify, inspect, card, doctor)
+_COMMANDS = (quantize, convert, verify, inspect, card, evaluate, doctor)
 
 _EXAMPLES = """\
 examples:
