@@ -39,6 +39,7 @@ __all__ = [
     "register_parsers",
     "require_supported_vllm",
     "revision_of",
+    "serving_benchmark",
     "translate_weights",
     "workers_have",
     "workers_take_functions",
@@ -111,6 +112,20 @@ def register_parsers(name: str, tools: tuple[str, str], reasoning: tuple[str, st
     for manager, where in ((ToolParserManager, tools), (ReasoningParserManager, reasoning)):
         if name not in manager.list_registered():
             manager.register_lazy_module(name, *where)
+
+
+def serving_benchmark() -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """Parser and function behind ``vllm bench serve`` (0.26 to 0.33).
+
+    Returns:
+        What parses its arguments, and what runs it with the result and returns its figures.
+    """
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    return parser, main
 
 
 def checkpoint_tensors(model: str, revision: str | None) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nanoquant``: make, check, describe and evaluate int4 checkpoints; check a machine.
+"""``nanoquant``: int4 models served, measured, made, checked and described; a machine checked.
 
 Importing this is quick: a command imports torch when it runs, not when its options are read.
 """
@@ -12,22 +12,34 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vllm_nanoquant import __version__
-from vllm_nanoquant.cli import card, convert, doctor, evaluate, inspect, quantize, verify
+from vllm_nanoquant.cli import (
+    bench,
+    card,
+    convert,
+    doctor,
+    evaluate,
+    inspect,
+    quantize,
+    serve,
+    verify,
+)
 from vllm_nanoquant.cli.output import OK, PROBLEM, USAGE, print_json
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
 
-_COMMANDS = (quantize, convert, verify, inspect, card, evaluate, doctor)
+_COMMANDS = (serve, bench, quantize, convert, verify, inspect, card, evaluate, doctor)
 
 _EXAMPLES = """\
 examples:
+  nanoquant serve nvidia/NVIDIA-Nemotron-Nano-9B-v2
+  nanoquant bench serve
+
   nanoquant quantize nvidia/NVIDIA-Nemotron-Nano-9B-v2 nano-9b-int4
-  vllm serve nano-9b-int4
-
   nanoquant verify nano-9b-int4
-  nanoquant inspect nano-9b-int4
+  nanoquant serve nano-9b-int4
 
+  nanoquant eval --list
   nanoquant doctor
 
 exit status: 0 all is well; 1 a problem was found; 2 wrong usage; 130 interrupted
@@ -49,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(
         prog="nanoquant",
-        description="int4 checkpoints for vLLM: made, checked and described.",
+        description="int4 models for vLLM: served, measured, made, checked and described.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -58,6 +70,16 @@ def make_parser() -> argparse.ArgumentParser:
     for command in _COMMANDS:
         command.add_to(commands)
     return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command; what it hands on to another program is its ``more``."""
+    parser = make_parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and not getattr(options, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.more = more
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     after_interrupt = ""
     try:
-        options = make_parser().parse_args(given)
+        options = _parse(given)
         after_interrupt = options.after_interrupt
         status: int = options.run(options)
         # Here, and not at exit, so that a closed pipe is noticed where it can be dealt with.
