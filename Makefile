@@ -31,7 +31,7 @@ export VLLM_NO_USAGE_STATS := 1
 CPU_ENV = VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1}
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test pytest lint format test-compat test-gpu clean
+.PHONY: help setup setup-test demo test pytest lint format docs test-compat test-gpu clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -41,7 +41,7 @@ demo: ## serve the model of this repository in int4, ask it for a text, stop
 	@$(SETUP)
 	@$(BIN)/python tools/demo.py --port $(PORT) $(DEMO_ARGS)
 
-test: lint pytest ## lint, then the whole CPU test suite
+test: lint docs pytest ## lint, the documentation, then the whole CPU test suite
 
 setup:
 	@$(SETUP)
@@ -67,6 +67,11 @@ lint: setup-test ## formatting, style, types, workflows
 format: setup-test ## put formatting and imports right
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup-test ## the documentation, into build/docs; links and anchors are checked
+	@# Not --quiet: that hides warnings from --strict as well.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python tools/check_site.py build/docs
 
 clean: ## remove environments, caches and logs
 	rm -rf .venv .venv-* .venv*.lock .venv*-setup.log build dist *.egg-info .*_cache .hypothesis

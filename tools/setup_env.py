@@ -259,7 +259,10 @@ class Setup:
         return tried.returncode != 0
 
     def _plugin(self, label: str) -> None:
-        extras = "[test,lint]" if self.options.test_tools else ""
+        extras = ""
+        if self.options.test_tools:
+            # What is large, the evaluation harness, is tried with one release of vLLM.
+            extras = "[docs,lint,test]" if self.options.vllm_version else "[dev]"
         self._install(label, "-e", f"{ROOT}{extras}")
 
     def _check(self, label: str) -> None:
