@@ -5,6 +5,7 @@
 #   VENV=/path             where the environment lies
 #   VLLM_VERSION=0.28.0    another release of vLLM, in an environment of its own
 #   TORCH_INDEX=URL        PyTorch's index of CPU wheels, for machines without a GPU
+#   WORKERS=1              tests at the same time; each may start a vLLM, with 4 GB of memory
 #   DEMO_ARGS, PYTEST_ARGS more arguments (DEMO_ARGS='-- --enforce-eager' reaches vllm serve)
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ PORT ?= 8000
 VLLM_VERSION ?=
 TORCH_INDEX ?=
 VENV ?= .venv$(if $(VLLM_VERSION),-vllm-$(VLLM_VERSION))
+WORKERS ?= 2
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -28,7 +30,11 @@ BIN = $(VENV)/bin
 # vLLM on the CPU, without a network and with small caches.
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
-CPU_ENV = VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1}
+# One thread each: two engines that wait for each other's cores are slower than one.
+CPU_ENV = VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} OMP_NUM_THREADS=1 \
+	VLLM_CPU_OMP_THREADS_BIND=nobind
+# A file's tests share servers and engines, so one worker takes all of them.
+PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-test demo test pytest lint format docs test-compat test-gpu clean
@@ -50,10 +56,10 @@ setup-test:
 	@$(SETUP) --test
 
 pytest: setup-test ## the CPU tests alone
-	$(CPU_ENV) $(BIN)/python -m pytest tests -m "not gpu" $(PYTEST_ARGS)
+	$(CPU_ENV) $(PYTEST) -m "not gpu" $(PYTEST_ARGS)
 
 test-compat: setup-test ## the tests marked compat, as in: make test-compat VLLM_VERSION=0.28.0
-	$(CPU_ENV) $(BIN)/python -m pytest tests -m "compat and not gpu" $(PYTEST_ARGS)
+	$(CPU_ENV) $(PYTEST) -m "compat and not gpu" $(PYTEST_ARGS)
 
 test-gpu: setup-test ## the tests that need a GPU
 	$(BIN)/python -m pytest tests -m gpu $(PYTEST_ARGS)
