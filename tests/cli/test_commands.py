@@ -35,17 +35,8 @@ def test_importing_the_command_line_is_quick_and_brings_in_nothing_large():
 
 def test_version_and_help(run):
     assert run("--version") == (0, f"nanoquant {__version__}\n", "")
-    for command in (
-        "quantize",
-        "convert",
-        "verify",
-        "inspect",
-        "card",
-        "eval",
-        "doctor",
-        "serve",
-        "bench",
-    ):
+    quick = ("quantize", "convert", "verify", "inspect", "card", "doctor")
+    for command in (*quick, "plan", "serve", "bench", "eval"):
         status, out, _ = run(command, "--help")
         assert status == 0
         assert f"examples:\n  nanoquant {command}" in out

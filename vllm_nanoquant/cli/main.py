@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nanoquant``: int4 models served, measured, made, checked and described; a machine checked.
+"""``nanoquant``: int4 models planned, served, measured, made, checked and described; a machine checked.
 
 Importing this is quick: a command imports torch when it runs, not when its options are read.
 """
@@ -19,6 +19,7 @@ from vllm_nanoquant.cli import (
     doctor,
     evaluate,
     inspect,
+    plan,
     quantize,
     serve,
     verify,
@@ -28,10 +29,11 @@ from vllm_nanoquant.cli.output import OK, PROBLEM, USAGE, print_json
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells give it."""
 
-_COMMANDS = (serve, bench, quantize, convert, verify, inspect, card, evaluate, doctor)
+_COMMANDS = (plan, serve, bench, quantize, convert, verify, inspect, card, evaluate, doctor)
 
 _EXAMPLES = """\
 examples:
+  nanoquant plan nvidia/NVIDIA-Nemotron-Nano-9B-v2 --gpu-memory 24GiB
   nanoquant serve nvidia/NVIDIA-Nemotron-Nano-9B-v2
   nanoquant bench serve
 
@@ -61,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(
         prog="nanoquant",
-        description="int4 models for vLLM: served, measured, made, checked and described.",
+        description="int4 models for vLLM: planned, served, measured, made, checked and described.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of memory: what it finds in vLLM's log, and what the plan says beside it."""
+
+import argparse
+import re
+
+import pytest
+
+from benchmarks.end_to_end.memory import GEOMETRY, LOGGED, planned
+from vllm_nanoquant.planner.numbers import MIB
+
+# Lines of vLLM 0.26 on an H200.
+LOG = """\
+(EngineCore pid=1) Peak GPU memory after loading weights: 6.93 GiB
+(EngineCore pid=1) Model loading took 5.72 GiB memory and 17.473308 seconds
+(EngineCore pid=1) Setting attention block size to 1312 tokens to ensure that attention page ...
+(EngineCore pid=1) Estimated CUDA graph memory: 0.04 GiB total
+(EngineCore pid=1) Available KV cache memory: 103.56 GiB
+(EngineCore pid=1) GPU KV cache size: 1,926,237 tokens
+(EngineCore pid=1) Maximum concurrency for 4,096 tokens per request: 470.27x
+(EngineCore pid=1) Free memory on device (139.29/139.8 GiB) on startup. Desired GPU memory \
+utilization is (0.8, 111.84 GiB). Actual usage is 5.72 GiB for weight, 2.28 GiB for peak \
+activation, 0.23 GiB for non-torch memory, and 0.04 GiB for CUDAGraph memory.
+"""
+
+
+def test_every_figure_is_found():
+    found = {name: re.search(pattern, LOG)[1] for name, pattern in LOGGED.items()}
+    assert found == {
+        "model_gib": "5.72",
+        "peak_while_loading_gib": "6.93",
+        "block_tokens": "1312",
+        "graphs_estimated_gib": "0.04",
+        "cache_gib": "103.56",
+        "cache_tokens": "1,926,237",
+        "concurrency": "470.27",
+        "total_gib": "139.8",
+        "free_gib": "139.29",
+        "budget_gib": "111.84",
+        "activations_gib": "2.28",
+        "outside_torch_gib": "0.23",
+        "graphs_gib": "0.04",
+    }
+
+
+def test_the_plan_has_figures_beside_them():
+    arguments = argparse.Namespace(
+        geometry=GEOMETRY,
+        preset="full",
+        max_model_len=4096,
+        max_num_seqs=8,
+        max_num_batched_tokens=16384,
+        tensor_parallel_size=1,
+        gpu_memory_utilization=0.8,
+    )
+    plan = planned(arguments, 143771 * MIB, "0.26.0")
+    assert plan["block_tokens"] == 1312
+    assert plan["cache_gib"] == pytest.approx(103.56, rel=0.03)
+    assert plan.keys() - LOGGED.keys() == {"blocks", "needs", "cache"}
