@@ -37,7 +37,8 @@ CPU_ENV = VLLM_CPU_KVCACHE_SPACE=$${VLLM_CPU_KVCACHE_SPACE:-1} OMP_NUM_THREADS=1
 PYTEST = $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test pytest lint format docs test-compat test-gpu clean
+.PHONY: help setup setup-test demo test pytest lint lint-deploy format docs test-compat test-gpu \
+	dist clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -64,11 +65,20 @@ test-compat: setup-test ## the tests marked compat, as in: make test-compat VLLM
 test-gpu: setup-test ## the tests that need a GPU
 	$(BIN)/python -m pytest tests -m gpu $(PYTEST_ARGS)
 
-lint: setup-test ## formatting, style, types, workflows
+lint: setup-test lint-deploy ## formatting, style, types, workflows, what is in docker/
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+SCHEMAS = tests/deploy/schemas
+lint-deploy: setup-test ## the Dockerfile, compose files and resources for clusters alone
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.*.yml
+	$(BIN)/check-jsonschema --schemafile $(SCHEMAS)/ServingRuntime.json docker/*/serving-runtime.yaml
+	$(BIN)/check-jsonschema --schemafile $(SCHEMAS)/InferenceService.json \
+		docker/*/inference-service.yaml
 
 format: setup-test ## put formatting and imports right
 	$(BIN)/ruff format .
@@ -78,6 +88,14 @@ docs: setup-test ## the documentation, into build/docs; links and anchors are ch
 	@# Not --quiet: that hides warnings from --strict as well.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python tools/check_site.py build/docs
+
+# An environment of its own: vLLM is not needed, and must not be.
+dist: ## the source distribution and the wheel, checked, in dist/
+	rm -rf dist build
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet '.[release]'
+	.venv-dist/bin/python -m build
+	.venv-dist/bin/python -m twine check --strict dist/*
 
 clean: ## remove environments, caches and logs
 	rm -rf .venv .venv-* .venv*.lock .venv*-setup.log build dist *.egg-info .*_cache .hypothesis

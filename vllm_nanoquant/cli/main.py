@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nanoquant``: int4 models planned, served, measured, made, checked and described; a machine checked.
+"""``nanoquant``: int4 models planned, served, measured, made and checked; a machine checked.
 
 Importing this is quick: a command imports torch when it runs, not when its options are read.
 """
