@@ -15,7 +15,7 @@ from tests.checkpoint.small import content, weights, write_stock
 from vllm_nanoquant import __version__
 from vllm_nanoquant.cli.main import main
 from vllm_nanoquant.cli.output import size_option
-from vllm_nanoquant.cli.quantize import override_option
+from vllm_nanoquant.cli.recipe_options import override_option
 
 
 def as_process(*arguments, **options):

@@ -6,11 +6,11 @@ import os
 import shlex
 
 import pytest
-from vllm_nanoquant.planner import Limits
 
 from vllm_nanoquant.cli import serve
 from vllm_nanoquant.launch import machine as machines
 from vllm_nanoquant.launch.machine import Machine
+from vllm_nanoquant.planner import Limits
 
 GIB = 1 << 30
 CPU, GPU = Machine(is_cpu=True), Machine((24 * GIB, 16 * GIB))

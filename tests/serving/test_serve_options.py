@@ -7,11 +7,11 @@ import json
 import shlex
 
 import pytest
-from vllm_nanoquant.planner import Limits
 
 from vllm_nanoquant.cli import serve
 from vllm_nanoquant.cli.main import main
 from vllm_nanoquant.launch import machine as machines
+from vllm_nanoquant.planner import Limits
 
 pytestmark = [pytest.mark.compat, pytest.mark.slow]
 

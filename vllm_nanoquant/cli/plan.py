@@ -16,7 +16,7 @@ from vllm_nanoquant.cli.output import (
     print_json,
     print_table,
 )
-from vllm_nanoquant.cli.quantize import override_option
+from vllm_nanoquant.cli.recipe_options import add_patterns, add_scheme
 
 if TYPE_CHECKING:
     from vllm_nanoquant.planner.report import Variant
@@ -60,16 +60,8 @@ def add_to(commands: Any) -> None:
     )
     memory.add_argument("--gpu", metavar="NAME", help="a known GPU, such as 'RTX 3090'")
     recipe = parser.add_argument_group("recipe", "as 'nanoquant quantize' takes it")
-    recipe.add_argument("--preset", help="ssm, balanced, quality or full (default: plan each)")
-    recipe.add_argument("--group-size", type=int, metavar="N", help="32, 64, 128 (default) or -1")
-    recipe.add_argument("--ignore", action="append", default=[], metavar="PATTERN")
-    recipe.add_argument(
-        "--override",
-        action="append",
-        default=[],
-        type=override_option,
-        metavar="PATTERN=BITS[/GROUP]",
-    )
+    add_scheme(recipe, "ssm, balanced, quality or full (default: plan each)")
+    add_patterns(recipe)
     _add_serving_options(parser.add_argument_group("serving", "options of vLLM"))
     add_json_option(parser)
     parser.set_defaults(run=run, after_interrupt="")

@@ -21,6 +21,7 @@ from vllm_nanoquant.cli.output import (
     print_table,
     progress,
 )
+from vllm_nanoquant.cli.recipe_options import add_patterns, add_scheme
 
 if TYPE_CHECKING:
     from vllm_nanoquant.checkpoint.quantize import QuantizeJob
@@ -56,34 +57,14 @@ def add_to(commands: Any) -> None:
     recipe = parser.add_argument_group(
         "recipe", "ignore goes before override, override before preset"
     )
-    recipe.add_argument("--preset", help="ssm, balanced (default), quality or full")
-    recipe.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="weights that share a scale: 32, 64, 128 (default), or -1 for a whole row",
-    )
+    add_scheme(recipe)
     recipe.add_argument(
         "--algorithm",
         help="how integers are chosen: mse (default) searches for the least error and needs no "
         "data; minmax is quicker and less exact; gptq is the most exact and needs a text. "
         "(Quantizing while vLLM loads defaults to minmax: there, start-up time counts.)",
     )
-    recipe.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave these modules as they are: a name, shell wildcards, or re:REGEX; repeatable",
-    )
-    recipe.add_argument(
-        "--override",
-        action="append",
-        default=[],
-        type=override_option,
-        metavar="PATTERN=BITS[/GROUP]",
-        help="treat these modules otherwise: 4/32, 4 or 16; the last match wins; repeatable",
-    )
+    add_patterns(recipe)
     calibration = parser.add_argument_group("calibration", "for --algorithm gptq, which needs it")
     calibration.add_argument(
         "--calibration-text",
@@ -111,23 +92,6 @@ def add_to(commands: Any) -> None:
     )
     add_json_option(parser)
     parser.set_defaults(run=run, after_interrupt=RUN_AGAIN)
-
-
-def override_option(text: str) -> tuple[str, dict[str, int]]:
-    """``PATTERN=4/32`` as pattern and override, for argparse; the recipe judges the numbers.
-
-    Raises:
-        argparse.ArgumentTypeError: not of this form.
-    """
-    pattern, found, value = text.rpartition("=")
-    bits, has_group, group = value.partition("/")
-    try:
-        override = {"bits": int(bits)} | ({"group_size": int(group)} if has_group else {})
-    except ValueError:
-        found = ""
-    if not found or not pattern:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form PATTERN=4/32 or PATTERN=16")
-    return pattern, override
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm_nanoquant.cli.output import OK, add_command
+from vllm_nanoquant.cli.recipe_options import add_scheme
 
 if TYPE_CHECKING:
     from vllm_nanoquant.launch.machine import Machine
@@ -52,13 +53,7 @@ def add_to(commands: Any) -> None:
     recipe = parser.add_argument_group(
         "recipe", "short for --hf-overrides.quantization_config.NAME; the README lists the others"
     )
-    recipe.add_argument("--preset", help="ssm, balanced (default), quality or full")
-    recipe.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="weights that share a scale: 32, 64, 128 (default), or -1 for a whole row",
-    )
+    add_scheme(recipe)
     recipe.add_argument("--algorithm", help="minmax (default; the quickest to load) or mse")
     recipe.add_argument(
         "--max-capture-size",

@@ -46,7 +46,9 @@ def parse_memory(text: str) -> int:
     except ValueError as error:
         raise UsageError(f"--gpu-memory: {error}") from None
     if not GIB <= size <= _LARGEST_GPU:
-        raise UsageError(f"--gpu-memory {printable(text)}: no GPU has {gib(size)}")
+        raise UsageError(
+            f"--gpu-memory {printable(text)}: no GPU has {gib(size)}; give a unit, as in 24GiB"
+        )
     return size
 
 
