@@ -64,7 +64,7 @@ def recipe(variant: str, group_size: int, ignore: list[str]) -> Any:
 
 def calibration(model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `oneshot` for GPTQ: the calibration text as a data set."""
-    from datasets import Dataset  # type: ignore[import-not-found]
+    from datasets import Dataset
 
     sequences = load_sequences(
         arguments.calibration_text, load_tokenizer(model), arguments.samples, arguments.length
