@@ -91,7 +91,7 @@ def test_names_and_metadata(built):
 def test_the_wheel_holds_the_package_and_nothing_else(built):
     with zipfile.ZipFile(built[1]) as file:
         found = set(file.namelist())
-    kinds = ("*.py", "py.typed", "kernels/tuning/*.json")
+    kinds = ("*.py", "py.typed", "kernels/tuning/*.json", "evaluation/suites/*.yaml")
     package = {
         path.relative_to(ROOT).as_posix()
         for kind in kinds
