@@ -30,7 +30,7 @@ from _console import ROOT, Failure, guarded, run_logged, say, shown, tail
 
 CPU_VERSION = "0.32.0"
 CUDA_RANGE = ">=0.26,<0.34"
-REVISION = 1
+REVISION = 2
 """Part of every step's key: raise it when the steps change, and old environments are renewed."""
 
 _FREE_GB = {"cpu": 6, "cuda": 16}
@@ -262,7 +262,7 @@ class Setup:
         extras = ""
         if self.options.test_tools:
             # What is large, the evaluation harness, is tried with one release of vLLM.
-            extras = "[docs,lint,test]" if self.options.vllm_version else "[dev]"
+            extras = "[deploy,docs,lint,test]" if self.options.vllm_version else "[dev]"
         self._install(label, "-e", f"{ROOT}{extras}")
 
     def _check(self, label: str) -> None:
