@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.random_checkpoint import tensor_shapes
+from vllm_nanoquant.planner.shapes import shapes_by_config
 
 # Nemotron 3 Nano's kinds of layers, in the sizes of the shipped model. The experts' width of 232
 # has 1.8 groups of 128; two ranks split it inside a group.
@@ -30,7 +30,7 @@ NEMOTRON = {
 def write_nemotron_moe(tiny_model, folder):
     """A Nemotron-H with experts, BF16, with the tokenizer of the shipped model."""
     config = json.loads((tiny_model / "config.json").read_text()) | NEMOTRON
-    return _write(tiny_model, folder, config, dict(tensor_shapes(config)))
+    return _write(tiny_model, folder, config, shapes_by_config(config))
 
 
 def _write(tiny_model, folder, config, shapes):

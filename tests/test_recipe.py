@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.random_checkpoint import tensor_shapes
+from vllm_nanoquant.planner.shapes import shapes_by_config
 from vllm_nanoquant.recipe import (
     Override,
     Recipe,
@@ -84,7 +84,7 @@ def test_quality_keeps_60_modules_of_nemotron_3_nano():
     pattern = config["hybrid_override_pattern"]
     assert [pattern.count(letter) for letter in "ME*"] == [23, 23, 6]
     kinds = layer_kinds(HfConfig(hybrid_override_pattern=pattern))
-    shapes = {n.removesuffix(".weight"): shape for n, shape in tensor_shapes(config)}
+    shapes = {n.removesuffix(".weight"): shape for n, shape in shapes_by_config(config).items()}
     quality = Recipe(preset="quality")
     kept = {
         name

@@ -15,7 +15,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm_nanoquant import compat
 from vllm_nanoquant.command_line import RIGHT_FLAG
 from vllm_nanoquant.recipe import MAX_CAPTURE_SIZE, METHOD
-from vllm_nanoquant.requirements import BYTECODE_HOOK, forced_bytecode_hook
+from vllm_nanoquant.requirements import BYTECODE_HOOK, why_not_under
 
 logger = compat.init_logger(__name__)
 
@@ -155,12 +155,9 @@ def reject_bytecode_hook() -> None:
     Raises:
         ValueError: ``VLLM_USE_BYTECODE_HOOK`` is set, and not to 0.
     """
-    value = forced_bytecode_hook(os.environ)
-    if value is not None:
-        raise ValueError(
-            f"{METHOD} does not run under vLLM's bytecode hook, and {BYTECODE_HOOK}={value} is "
-            f"set: one compiled graph must serve every batch size. Unset it, or set it to 0"
-        )
+    reason = why_not_under(os.environ)
+    if reason is not None:
+        raise ValueError(f"{METHOD} {reason}")
 
 
 def disable_bytecode_hook() -> None:

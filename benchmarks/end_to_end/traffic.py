@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from types import SimpleNamespace
 
-from benchmarks.random_checkpoint import tensor_shapes
+from vllm_nanoquant.planner.shapes import shapes_by_config
 from vllm_nanoquant.recipe import Recipe
 from vllm_nanoquant.roles import layer_kinds
 
@@ -50,7 +50,7 @@ def bytes_per_token(config: dict[str, Any], preset: str) -> dict[str, float]:
     kinds = layer_kinds(SimpleNamespace(**config))
     share = config.get("num_experts_per_tok", 0) / (config.get("n_routed_experts") or 1)
     parts = {"experts": 0.0, "other int4": 0.0, "other BF16": 0.0}
-    for name, shape in tensor_shapes(config):
+    for name, shape in shapes_by_config(config).items():
         if "embeddings" in name:
             continue
         module = name.removesuffix(".weight")

@@ -10,12 +10,13 @@ from statistics import median
 
 import torch
 
-from benchmarks.kernels.accuracy import MOST_ERROR, poison, relative_error
+from benchmarks.kernels.accuracy import MOST_ERROR, poison
 from benchmarks.kernels.layers import Layer
 from benchmarks.kernels.peers import FLOOR
 from benchmarks.kernels.peers.base import Peer, Refused, Weight, prepare_largest_group
 from benchmarks.kernels.peers.read_floor import packed_words
 from benchmarks.kernels.report import Report
+from vllm_nanoquant.kernels.accuracy import relative_error
 from vllm_nanoquant.kernels.timing import LONG_CALL_US, Call, Timer, Times, copies_needed
 
 SEED = 0

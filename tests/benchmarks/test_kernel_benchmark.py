@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks.kernels import run
-from benchmarks.kernels.accuracy import relative_error
 from benchmarks.kernels.layers import LAYERS, Layer
 from benchmarks.kernels.options import Options, parse_options
 from benchmarks.kernels.peers import CONTESTANTS, NAMES, load
@@ -20,6 +19,7 @@ from benchmarks.kernels.peers.bf16 import DenseWeight
 from benchmarks.kernels.peers.symmetric import pack_eight, quantize_symmetric
 from benchmarks.kernels.report import Report
 from vllm_nanoquant.kernels import timing
+from vllm_nanoquant.kernels.accuracy import relative_error
 
 ROOT = Path(__file__).parents[2]
 SMALL = Layer("small", 24, 64)

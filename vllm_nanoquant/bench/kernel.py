@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from vllm_nanoquant.bench.layers import Layer
+from vllm_nanoquant.kernels.accuracy import relative_error
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.ops import w4a16, warm_up
 from vllm_nanoquant.kernels.reference import dequantize
@@ -41,7 +42,6 @@ PLAIN_TORCH = (
 )
 _SEED = 0
 _DEVIATION = 0.02
-_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -167,23 +167,6 @@ def time_by_clock(calls: Sequence[Call], replays: int) -> Times:
             call()
         figures.append((time.perf_counter() - begin) * 1e6 / len(calls))
     return Times(statistics.median(figures), min(figures), max(figures))
-
-
-def relative_error(y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:
-    """Mean |y - expected| / mean |expected|, expected = x exact' in fp64.
-
-    Args:
-        y: [M, N].
-        x: [M, K].
-        exact: fp64 [N, K].
-    """
-    distance = magnitude = 0.0
-    for start in range(0, x.shape[0], _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        expected = x[rows].double() @ exact.t()
-        distance += float((y[rows].double() - expected).abs().sum())
-        magnitude += float(expected.abs().sum())
-    return distance / magnitude
 
 
 def _row(

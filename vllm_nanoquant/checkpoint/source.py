@@ -4,7 +4,7 @@
 import fnmatch
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,13 +81,31 @@ def find_source(name: str, revision: str | None = None) -> Path:
         if revision is not None:
             raise UsageError(f"--revision {printable(revision)} is for models of the Hub")
         return folder
+    import huggingface_hub
+
+    patterns = list(_DOWNLOADED)
+    return from_hub(
+        name,
+        lambda: huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns),
+    )
+
+
+def from_hub(name: str, fetch: Callable[[], str]) -> Path:
+    """Return what is fetched of a model of the Hugging Face Hub.
+
+    Args:
+        name: the model's id, as the user gave it.
+        fetch: calls the Hub's library, and returns a path.
+
+    Raises:
+        UsageError: it is no id of a model, or the model cannot be had.
+    """
     if name.startswith((".", "/", "~")) or not _MODEL_ID.fullmatch(name):
         raise UsageError(f"{printable(name)!r} is not a folder that exists")
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED)))
+        return Path(fetch())
     except LocalEntryNotFoundError:
         reason = "it is not in the Hugging Face cache, and the Hub cannot be reached"
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

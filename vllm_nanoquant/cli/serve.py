@@ -126,11 +126,8 @@ def _refuse_bytecode_hook() -> None:
     """As the plugin does, but before vLLM is imported."""
     from vllm_nanoquant.checkpoint.errors import UsageError
     from vllm_nanoquant.recipe import METHOD
-    from vllm_nanoquant.requirements import BYTECODE_HOOK, forced_bytecode_hook
+    from vllm_nanoquant.requirements import why_not_under
 
-    value = forced_bytecode_hook(os.environ)
-    if value is not None:
-        raise UsageError(
-            f"{METHOD} does not run under vLLM's bytecode hook, and {BYTECODE_HOOK}={value} is "
-            "set; unset it, or set it to 0"
-        )
+    reason = why_not_under(os.environ)
+    if reason is not None:
+        raise UsageError(f"{METHOD} {reason}")

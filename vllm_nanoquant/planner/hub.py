@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from vllm_nanoquant.checkpoint.errors import UsageError, printable
 from vllm_nanoquant.checkpoint.naming import CONFIG
+from vllm_nanoquant.checkpoint.source import from_hub
 from vllm_nanoquant.checkpoint.untrusted import MAX_CONFIG, read_object
-
-_MODEL_ID = re.compile(r"[\w][\w.\-]*(?:/[\w][\w.\-]*)?")
 
 
 def read_from_hub(name: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -23,24 +21,11 @@ def read_from_hub(name: str, revision: str | None) -> tuple[dict[str, Any], dict
     Raises:
         UsageError: no such model, or the Hub cannot be reached.
     """
-    if name.startswith((".", "/", "~")) or not _MODEL_ID.fullmatch(name):
-        raise UsageError(f"{printable(name)!r} is not a folder that exists")
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        path = huggingface_hub.hf_hub_download(name, CONFIG, revision=revision)
-    except LocalEntryNotFoundError:
-        reason = "it is not in the Hugging Face cache, and the Hub cannot be reached"
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        lines = str(error).strip().splitlines()
-        reason = printable(lines[0]) if lines else "unknown"
-    else:
-        config = read_object(Path(path), MAX_CONFIG)
-        return config, _cached_tensors(Path(path).parent) or _fetched_tensors(name, revision)
-    raise UsageError(
-        f"{printable(name)!r} is not a folder that exists, nor a model that can be had: {reason}"
-    )
+    path = from_hub(name, lambda: huggingface_hub.hf_hub_download(name, CONFIG, revision=revision))
+    config = read_object(path, MAX_CONFIG)
+    return config, _cached_tensors(path.parent) or _fetched_tensors(name, revision)
 
 
 def _cached_tensors(snapshot: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def why_not(facts: Facts, recipe: Recipe | None, found: Fit) -> str:
     settings = found.settings
     length, count = settings.max_model_len or 1, settings.max_num_seqs or 1
     missing = _wanted(found) - settings.budget
-    cache = (found.cache.blocks_of(length) * count + 1) * found.cache.block_bytes
+    cache = _least_cache(found)
     text = (
         f"{printable(facts.name)} does not fit: {gib(found.needs.total)} beside the cache and "
         f"{gib(cache)} for {count} x {length} tokens are {gib(missing)} more than the "
@@ -92,9 +92,13 @@ def why_not(facts: Facts, recipe: Recipe | None, found: Fit) -> str:
 
 def _wanted(found: Fit) -> int:
     """Bytes of a GPU that vLLM would have to be given."""
+    return int((found.needs.total + _least_cache(found)) / (1 - RESERVE_SHARE)) + 1
+
+
+def _least_cache(found: Fit) -> int:
+    """Bytes of a cache for the sequences that were asked for, or for one of one token."""
     length, count = found.settings.max_model_len or 1, found.settings.max_num_seqs or 1
-    cache = (found.cache.blocks_of(length) * count + 1) * found.cache.block_bytes
-    return int((found.needs.total + cache) / (1 - RESERVE_SHARE)) + 1
+    return (found.cache.blocks_of(length) * count + 1) * found.cache.block_bytes
 
 
 def _ways_out(facts: Facts, recipe: Recipe | None, found: Fit) -> Iterator[str]:

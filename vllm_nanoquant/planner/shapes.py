@@ -29,7 +29,7 @@ _CODE = ("auto_map", "attn_implementation", "experts_implementation", "quantizat
 
 
 def shapes_by_config(config: Mapping[str, Any]) -> Shapes:
-    """Shape of every tensor of a model's checkpoint, by name.
+    """Shape of every tensor of a model's checkpoint, by name; a Nemotron-H's in file order.
 
     Args:
         config: config.json, or the part of it that describes the text model.
@@ -89,12 +89,13 @@ def _mamba(config: Mapping[str, Any]) -> Shapes:
         "dt_bias": (heads,),
         "norm.weight": (inner,),
         "conv1d.weight": (conv, 1, count_of(config, "conv_kernel")),
-        "in_proj.weight": (inner + conv + heads, hidden),
-        "out_proj.weight": (hidden, inner),
     }
     if config.get("use_conv_bias", True):
         shapes["conv1d.bias"] = (conv,)
-    return shapes
+    return shapes | {
+        "in_proj.weight": (inner + conv + heads, hidden),
+        "out_proj.weight": (hidden, inner),
+    }
 
 
 def _mlp(config: Mapping[str, Any]) -> Shapes:
