@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start one vLLM engine, measure it, print one JSON line. Run by run.py, one process an engine."""
+"""Start one vLLM engine, wait for its turn, measure it, print one JSON line.
+
+Run by run.py, one process an engine. It says when it has started; a line on its standard input says
+that it is its turn.
+"""
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -53,6 +58,7 @@ def main() -> None:
     """Measure the engine that the arguments describe."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine", type=json.loads, required=True, help="arguments of LLM()")
+    parser.add_argument("--ready", required=True, help="line to print when started")
     parser.add_argument("--batches", type=json.loads, default=[1, 2, 4, 8])
     parser.add_argument("--prefill", type=json.loads, default=[2048])
     parser.add_argument("--tokens", type=int, default=128)
@@ -63,6 +69,8 @@ def main() -> None:
     result: dict[str, Any] = {"start_seconds": time.perf_counter() - start}
     if arguments.batches:
         seconds(llm, prompts(max(arguments.batches), PROMPT, 1), arguments.tokens)
+    print(arguments.ready, flush=True)
+    sys.stdin.readline()
     result["decode_tokens_per_second"] = {
         size: decode_rate(llm, size, arguments.tokens, arguments.repeats)
         for size in arguments.batches

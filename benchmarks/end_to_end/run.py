@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serve one geometry as BF16 and by each preset, in one run, and write the figures as JSON.
+"""Serve one geometry in BF16, by our presets and by vLLM's own methods; write figures as JSON.
 
     python benchmarks/end_to_end/run.py --output results.json
+    python benchmarks/end_to_end/run.py --contestants bf16 balanced fp8 --together 3 --output r.json
     python benchmarks/end_to_end/run.py --checkpoint /data/random-9b --only-load --output load.json
 
 Each engine runs in a process of its own, so that memory is its own. Memory and load time are what
 vLLM itself logs. Without --checkpoint the weights are dummies: right for speed and memory, wrong
 for text. With --only-load the engines start eagerly, without graphs, and only loading is measured.
+With --together engines start at once, which takes longest, and then wait; they are still measured
+one after the other.
 """
 
 import argparse
@@ -17,16 +20,23 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_nanoquant.recipe import METHOD
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
-HERE = Path(__file__).parent
+from benchmarks.end_to_end.contestants import NAMES, engine_options, environment  # noqa: E402
+from vllm_nanoquant.recipe import METHOD  # noqa: E402
+
 GEOMETRY = HERE.parent / "geometry" / "nemotron-nano-9b-v2"
+READY = "ready to be measured"
 # What vLLM says about memory; the peak is said at DEBUG level only.
 LOGGED = {
     "weights_gib": r"Model loading took ([\d.]+) GiB memory",
@@ -45,8 +55,8 @@ LOGGING = {
 }
 
 
-def engine_arguments(arguments: argparse.Namespace, preset: str) -> dict[str, Any]:
-    """Arguments of ``LLM`` for one preset; ``bf16`` is the model as it is."""
+def engine_arguments(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Arguments of ``LLM`` for one contestant."""
     engine: dict[str, Any] = {
         "model": str(arguments.checkpoint or arguments.geometry),
         "load_format": "auto" if arguments.checkpoint else "dummy",
@@ -57,44 +67,74 @@ def engine_arguments(arguments: argparse.Namespace, preset: str) -> dict[str, An
         "enforce_eager": arguments.only_load,
         "gpu_memory_utilization": 0.8,
     }
-    if preset != "bf16":
-        engine["quantization"] = METHOD
-        options: dict[str, Any] = {"preset": preset}
-        if arguments.max_capture_size:
-            options["max_capture_size"] = arguments.max_capture_size
-        engine["hf_overrides"] = {"quantization_config": options}
-    return engine
+    if arguments.together > 1:  # none can find out what is free while others start
+        engine["gpu_memory_utilization"] = 0.05
+        engine["kv_cache_memory_bytes"] = int(arguments.cache_gib * 2**30)
+    return engine | engine_options(name, arguments.max_capture_size)
 
 
-def measure(arguments: argparse.Namespace, preset: str, log: Path) -> dict[str, Any]:
-    """Run one engine and gather its figures and what vLLM logged of it."""
-    command = [
-        sys.executable,
-        str(HERE / "engine.py"),
-        f"--engine={json.dumps(engine_arguments(arguments, preset))}",
-        f"--batches={json.dumps([] if arguments.only_load else arguments.batches)}",
-        f"--prefill={json.dumps([] if arguments.only_load else arguments.prefill)}",
-        f"--repeats={arguments.repeats}",
-    ]
-    with tempfile.TemporaryDirectory() as folder, log.open("w") as out:
-        settings = Path(folder) / "logging.json"
+class Engine:
+    """One engine in a process of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str, folder: Path) -> None:
+        """Start it; what it prints goes to a file beside the output."""
+        self.log = arguments.output.with_name(f"{arguments.output.stem}-{name}.log")
+        settings = folder / "logging.json"
         settings.write_text(json.dumps(LOGGING))
-        environment = os.environ | {"VLLM_LOGGING_CONFIG_PATH": str(settings)}
-        done = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False
-        )
-    text = log.read_text(errors="replace")
-    found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
-    if done.returncode or not found:
-        return {"error": text.splitlines()[-15:], "status": done.returncode}
-    result = json.loads(found[1])
-    for name, pattern in LOGGED.items():
-        if hit := re.search(pattern, text):
-            result[name] = float(hit[1])
-    result["plugin"] = re.findall(rf"{METHOD}: (quantized .*)$", text, re.MULTILINE)
-    late = re.findall(r"kernel JIT compilation during inference: (\w+)", text)
-    result["kernels_compiled_while_serving"] = sorted(set(late))
-    return result
+        command = [
+            sys.executable,
+            str(HERE / "engine.py"),
+            f"--engine={json.dumps(engine_arguments(arguments, name))}",
+            f"--batches={json.dumps([] if arguments.only_load else arguments.batches)}",
+            f"--prefill={json.dumps([] if arguments.only_load else arguments.prefill)}",
+            f"--repeats={arguments.repeats}",
+            f"--ready={READY}",
+        ]
+        ours = {"VLLM_LOGGING_CONFIG_PATH": str(settings)}
+        with self.log.open("w") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ours | environment(name),
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when it has started, or ended."""
+        while self._process.poll() is None and f"\n{READY}\n" not in self._text():
+            time.sleep(0.5)
+
+    def figures(self) -> dict[str, Any]:
+        """Let it measure; its figures and what vLLM logged of it."""
+        with suppress(BrokenPipeError):  # it has ended, and its log says why
+            self._process.communicate(b"go\n")
+        text = self._text()
+        found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
+        if self._process.returncode or not found:
+            return {"error": text.splitlines()[-15:], "status": self._process.returncode}
+        result = json.loads(found[1])
+        for name, pattern in LOGGED.items():
+            if hit := re.search(pattern, text):
+                result[name] = float(hit[1])
+        result["plugin"] = re.findall(rf"{METHOD}: (quantized .*)$", text, re.MULTILINE)
+        result["kernels"] = sorted(set(re.findall(r"Using (\w+Kernel) for", text)))
+        late = re.findall(r"kernel JIT compilation during inference: (\w+)", text)
+        result["kernels_compiled_while_serving"] = sorted(set(late))
+        return result
+
+    def _text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+def measure(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Start engines at once, then measure one after the other; their figures in order."""
+    with tempfile.TemporaryDirectory() as folder:
+        engines = [Engine(arguments, name, Path(folder)) for name in names]
+        for engine in engines:
+            engine.wait_until_ready()
+        for engine in engines:
+            yield engine.figures()
 
 
 def packages() -> dict[str, str]:
@@ -109,14 +149,14 @@ def packages() -> dict[str, str]:
 
 
 def table(results: dict[str, Any], batches: list[int], prefill: list[int]) -> str:
-    """The figures as a Markdown table, one row a preset."""
+    """The figures as a Markdown table, one row a contestant."""
     columns = ["weights", "GiB", "peak GiB", "load s"]
     columns += [f"tok/s at {size}" for size in batches]
     columns += [f"ttft {length} ms" for length in prefill]
     rows = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for preset, result in results.items():
+    for name, result in results.items():
         if "error" in result:
-            rows.append(f"| {preset} | failed |")
+            rows.append(f"| {name} | failed |")
             continue
         rates = [
             f"{rate['median']:.0f}" for rate in result["decode_tokens_per_second"].values()
@@ -124,10 +164,10 @@ def table(results: dict[str, Any], batches: list[int], prefill: list[int]) -> st
         first = [f"{t['median']:.1f}" for t in result["time_to_first_token_ms"].values()]
         first = first or ["-"] * len(prefill)
         memory = [
-            str(result.get(name, "-"))
-            for name in ("weights_gib", "peak_gib_while_loading", "load_seconds")
+            str(result.get(figure, "-"))
+            for figure in ("weights_gib", "peak_gib_while_loading", "load_seconds")
         ]
-        rows.append("| " + " | ".join([preset, *memory, *rates, *first]) + " |")
+        rows.append("| " + " | ".join([name, *memory, *rates, *first]) + " |")
     return "\n".join(rows)
 
 
@@ -137,12 +177,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--geometry", type=Path, default=GEOMETRY, help="folder with config.json")
     parser.add_argument("--checkpoint", type=Path, help="folder with weights; dummies without it")
-    parser.add_argument("--presets", nargs="+", default=["bf16", "ssm", "balanced"])
+    parser.add_argument(
+        "--contestants", nargs="+", choices=NAMES, default=["bf16", "ssm", "balanced"]
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--prefill", nargs="+", type=int, default=[2048])
     parser.add_argument("--max-capture-size", type=int, help="cap on CUDA graphs; default 8")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--together", type=int, default=1, help="engines that start at once")
+    parser.add_argument("--cache-gib", type=float, default=6.0, help="KV cache of each of those")
     parser.add_argument("--only-load", action="store_true")
     arguments = parser.parse_args()
     report: dict[str, Any] = {
@@ -152,16 +196,18 @@ def main() -> None:
             "prompt_tokens": 32,
             "decode_tokens": 128,
             "max_capture_size": arguments.max_capture_size,
+            "started_at_once": arguments.together,
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": packages(),
         "results": {},
     }
-    for preset in arguments.presets:
-        log = arguments.output.with_name(f"{arguments.output.stem}-{preset}.log")
-        report["results"][preset] = measure(arguments, preset, log)
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(preset, json.dumps(report["results"][preset]), flush=True)
+    for first in range(0, len(arguments.contestants), arguments.together):
+        names = arguments.contestants[first : first + arguments.together]
+        for name, figures in zip(names, measure(arguments, names), strict=True):
+            report["results"][name] = figures
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+            print(name, json.dumps(figures), flush=True)
     print(table(report["results"], arguments.batches, arguments.prefill))
 
 
