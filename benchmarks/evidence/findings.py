@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.evidence.tables import Results, change, divergence
@@ -14,16 +15,25 @@ TARGETS = {"mse": 0.02, "gptq": 0.01}
 _SURE = 2.0
 """Standard errors that a difference must have to be called one."""
 _LONG_FROM, _SHORT_FROM, _SHORT_TO = 8192, 512, 2048
+_METHODS = ("minmax", "mse", "gptq")
+_LEFT_OUT = {
+    "what `quality` leaves": "quality-g128",
+    "the first two layers": "balanced-but-first-two",
+    "the last two layers": "balanced-but-last-two",
+    "all out_proj": "balanced-but-out_proj",
+    "all down_proj": "balanced-but-down_proj",
+}
 
 
 def findings(results: Results) -> Iterator[str]:
-    """Sentences about all that was measured."""
+    """Sentences about all that was measured. KL is in thousandths of a nat."""
     yield from _targets(results)
     yield from _algorithms(results)
+    yield from _groups(results)
     yield from _zeros(results)
     yield from _peers(results)
     yield from _kinds(results)
-    yield from _quality(results)
+    yield from _left_out(results)
     yield from _positions(results)
 
 
@@ -35,15 +45,14 @@ def verdict(value: float, error: float, limit: float) -> str:
 
 
 def compare(results: Results, one: str, other: str) -> str | None:
-    """Which of two cases has the smaller KL divergence, in pairs of windows; None if not there."""
+    """How the KL divergence of a case stands to another's, window by window; None if not there."""
     if one not in results or other not in results:
         return None
     mean, error = paired_difference(results[one]["kl_by_window"], results[other]["kl_by_window"])
-    figures = f"KL {1e3 * mean:+.2f} ± {1e3 * error:.2f} thousandths of a nat"
     if abs(mean) <= _SURE * error:
-        return f"`{one}` and `{other}` cannot be told apart ({figures})"
-    word = "nearer to" if mean < 0 else "further from"
-    return f"`{one}` is {word} BF16 than `{other}` ({figures})"
+        return "the same within two errors"
+    share = mean / results[other]["kl_divergence"]
+    return f"{100 * abs(share):.0f} % {'less' if mean < 0 else 'more'}"
 
 
 def _targets(results: Results) -> Iterator[str]:
@@ -60,35 +69,67 @@ def _targets(results: Results) -> Iterator[str]:
 
 
 def _algorithms(results: Results) -> Iterator[str]:
-    for preset in ("balanced", "full"):
-        for better, plain in (("mse", "minmax"), ("gptq", "mse")):
-            sentence = compare(results, f"{preset}-g128-{better}", f"{preset}-g128-{plain}")
-            if sentence:
-                yield sentence + "."
+    for preset in ("balanced", "quality", "ssm", "full"):
+        names = [f"{preset}-g128-{m}" for m in _METHODS if f"{preset}-g128-{m}" in results]
+        if len(names) < 2:
+            continue
+        each = [f"`{names[0].split('-')[-1]}` {divergence(results[names[0]])}"]
+        each += [
+            f"`{name.split('-')[-1]}` {divergence(results[name])} ({compare(results, name, last)})"
+            for last, name in pairwise(names)
+        ]
+        yield f"KL of `{preset}`, each algorithm against the one before: {', '.join(each)}."
+
+
+def _groups(results: Results) -> Iterator[str]:
+    for method in _METHODS:
+        whole = f"balanced-g128-{method}"
+        each = [
+            f"groups of {size} have {found} KL in {results[name]['bits']:.2f} bits"
+            for size in (64, 32)
+            if (found := compare(results, name := f"balanced-g{size}-{method}", whole))
+        ]
+        if each:
+            bits = f"{results[whole]['bits']:.2f}"
+            yield f"Beside groups of 128 ({bits} bits), with `{method}`: {', '.join(each)}."
 
 
 def _zeros(results: Results) -> Iterator[str]:
-    for group_size in (128, 32):
-        for method in ("minmax", "mse", "gptq"):
-            name = f"balanced-g{group_size}-{method}"
-            sentence = compare(results, name, f"{name}-int")
-            if sentence:
-                yield f"Zero points that are not whole numbers: {sentence}."
+    for size in (128, 32):
+        names = {method: f"balanced-g{size}-{method}" for method in _METHODS}
+        each = [
+            f"{found} with `{method}`"
+            for method, name in names.items()
+            if (found := compare(results, f"{name}-int", name))
+        ]
+        if each:
+            yield (
+                f"Zero points rounded to whole numbers change KL, in groups of {size}: "
+                f"{', '.join(each)}."
+            )
 
 
 def _peers(results: Results) -> Iterator[str]:
-    for group_size in (128, 32):
-        ours = f"linears-g{group_size}-gptq"
+    for size in (128, 32):
+        ours = f"linears-g{size}-gptq"
+        each = []
         for peer in ("gptq-sym", "gptq-mse-sym", "gptq-asym"):
-            theirs = f"linears-g{group_size}-{peer}"
-            sentence = compare(results, ours, theirs)
-            if sentence:
-                bits = f"{results[ours]['bits']:.2f} and {results[theirs]['bits']:.2f} bits"
-                yield f"Against llm-compressor's GPTQ, simulated: {sentence}, in {bits}."
-    # More bits must not be what makes ours better: smaller groups of theirs have as many.
-    sentence = compare(results, "linears-g128-gptq", "linears-g32-gptq-sym")
-    if sentence:
-        yield f"And with more bits on their side: {sentence}."
+            theirs = f"linears-g{size}-{peer}"
+            found = compare(results, ours, theirs)
+            if found:
+                each.append(f"{found} KL than `{peer}` ({results[theirs]['bits']:.2f} bits)")
+        if each:
+            yield (
+                f"Beside llm-compressor's GPTQ, simulated, groups of {size}: our `gptq` "
+                f"({results[ours]['bits']:.2f} bits) has {', '.join(each)}."
+            )
+    # More bits must not be what makes ours better: smaller groups of theirs have more.
+    found = compare(results, "linears-g128-gptq", "linears-g32-gptq-sym")
+    if found:
+        yield (
+            "And with more bits on their side, ours in groups of 128 against `gptq-sym` in "
+            f"groups of 32: {found} KL."
+        )
 
 
 def _kinds(results: Results) -> Iterator[str]:
@@ -99,7 +140,7 @@ def _kinds(results: Results) -> Iterator[str]:
         return
     order = sorted(found, key=lambda name: -found[name]["kl_divergence"])
     dearest = ", ".join(f"{name} {divergence(found[name])}" for name in order)
-    yield f"Each kind of weight alone (`mse`, KL in thousandths of a nat): {dearest}."
+    yield f"KL of each kind of weight alone (`mse`): {dearest}."
     by_weight = sorted(order, key=lambda n: -found[n]["kl_divergence"] / found[n]["weights"])
     yield f"For each weight that becomes int4, in falling order: {', '.join(by_weight)}."
     parts = {p: results.get(f"only-in_proj-{p}-mse") for p in ("gate", "x", "B", "C", "dt")}
@@ -109,19 +150,20 @@ def _kinds(results: Results) -> Iterator[str]:
         yield f"Of in_proj by its parts: {each}."
 
 
-def _quality(results: Results) -> Iterator[str]:
+def _left_out(results: Results) -> Iterator[str]:
     for method in ("mse", "gptq"):
-        whole, less = (results.get(f"{p}-g128-{method}") for p in ("balanced", "quality"))
-        if not whole or not less:
+        whole = results.get(f"balanced-g128-{method}")
+        if not whole:
             continue
-        weights = 1 - less["weights"] / whole["weights"]
-        saved = 1 - less["kl_divergence"] / whole["kl_divergence"]
-        yield (
-            f"Preset `quality` leaves {100 * weights:.0f} % of `balanced`'s weights in BF16 and "
-            f"has {100 * saved:.0f} % less KL divergence with `{method}`: "
-            + ("more" if saved > weights else "no more")
-            + " than any such share of the weights would be expected to bring."
-        )
+        each = []
+        for words, case in _LEFT_OUT.items():
+            name = f"{case}-{method}"
+            if name in results:
+                share = 1 - results[name]["weights"] / whole["weights"]
+                found = compare(results, name, f"balanced-g128-{method}")
+                each.append(f"{words} ({100 * share:.0f} % of the weights): {found} KL")
+        if each:
+            yield f"Left in BF16 by `balanced` with `{method}`: {'; '.join(each)}."
 
 
 def _positions(results: Results) -> Iterator[str]:

@@ -31,6 +31,9 @@ def draw_curve(axes: Any, _: Results, training: dict[str, Any]) -> None:
     tokens = [point["tokens"] / 1e6 for point in points]
     axes.plot(tokens, [point["heldout_perplexity"] for point in points], marker="o", color=OURS)
     axes.set_yscale("log")
+    ticks = [10, 20, 50, 100]
+    axes.set_yticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     axes.set_xlabel("training tokens seen, millions")
     axes.set_ylabel("perplexity of held-out text")
 
@@ -80,10 +83,12 @@ def draw_positions(axes: Any, results: Results, _: dict[str, Any]) -> None:
             label=name,
         )
     axes.set_xscale("log", base=2)
+    ticks = [64, 256, 1024, 4096, 16384]
+    axes.set_xticks(ticks, map(str, ticks))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("position in the document, tokens")
     axes.set_ylabel("KL divergence from BF16, 10^-3 nats")
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def draw_bits(axes: Any, results: Results, _: dict[str, Any]) -> None:
@@ -104,11 +109,15 @@ def draw_bits(axes: Any, results: Results, _: dict[str, Any]) -> None:
         axes.annotate(
             f"{method} {name.split('-')[1]}",
             (row["bits"], 1e3 * row["kl_divergence"]),
-            xytext=(4, 2),
+            xytext=(4, -7 if method == "minmax" else 2),
             textcoords="offset points",
             fontsize=5.5,
             color=colour,
         )
+    axes.margins(x=0.12)
+    axes.text(0.98, 0.97, "ours", color=OURS, ha="right", va="top", transform=axes.transAxes)
+    simulated = "llm-compressor's methods, simulated"
+    axes.text(0.98, 0.92, simulated, color=THEIRS, ha="right", va="top", transform=axes.transAxes)
     axes.set_xlabel("bits of a weight, scales and zero points included")
     axes.set_ylabel("KL divergence from BF16, 10^-3 nats")
 

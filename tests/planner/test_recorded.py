@@ -4,6 +4,7 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,14 +15,14 @@ from vllm_nanoquant.planner.settings import Settings, caching_of
 from vllm_nanoquant.planner.source import read_facts
 from vllm_nanoquant.planner.speed import known_gpu
 from vllm_nanoquant.planner.weights import Ranks
-from vllm_nanoquant.recipe import Recipe
+from vllm_nanoquant.recipe import Preset, Recipe
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = BENCHMARKS / "end_to_end" / "results"
 MEMORY = json.loads((RESULTS / "h200-memory.json").read_text())
 AGREEMENT = 0.03
 """What issue and README promise of totals."""
-SPEED_AGREEMENT = 0.07
+SPEED_AGREEMENT = 0.08
 """What docs/planning.md says of speed."""
 
 
@@ -38,12 +39,14 @@ def plan(geometry, preset, ranks=1, **more):
 
 
 def recorded():
-    """Geometry, preset and figures of every engine of every result file."""
+    """Geometry, preset and figures of every engine of ours, or of BF16, of every result file."""
     for file in sorted(RESULTS.glob("*.json")):
         report = json.loads(file.read_text())
         if "geometry" not in report.get("problem", {}) or "plan" in report:
             continue
         for preset, figures in report["results"].items():
+            if preset not in ("bf16", *get_args(Preset)):
+                continue
             yield pytest.param(
                 report["problem"]["geometry"],
                 preset,
@@ -106,7 +109,8 @@ def test_what_vllm_logged_of_memory(run):
 
 def disturbed(geometry, preset, batch):
     """Runs that docs/benchmarks.md calls disturbed."""
-    return geometry == "nemotron-3-nano-30b-a3b" and preset == "bf16" and batch > 1
+    of_30b = geometry == "nemotron-3-nano-30b-a3b" and preset == "bf16" and batch > 1
+    return of_30b or (preset == "quality" and batch == 16)
 
 
 def same_routes(traffic, gpu, batch, ranks):

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put figures of run.py into Markdown files, between the lines with contest:begin and contest:end.
+
+python benchmarks/end_to_end/table.py RESULT.json --write docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.kernels.sections import markdown_table
+from benchmarks.kernels.table import add_markdown_files, tell_stale, update
+
+MARKERS = ("<!-- contest:begin -->", "<!-- contest:end -->")
+LABELS = {
+    "bf16": "BF16",
+    "fp8": "vLLM's FP8",
+    "int4-vllm": "vLLM's int4, Machete and Marlin",
+    "int4-marlin": "vLLM's int4, Marlin",
+}
+RATES, FIRST = "decode_tokens_per_second", "time_to_first_token_ms"
+
+
+def tables(report: dict[str, Any]) -> str:
+    """Tokens per second, time to the first token and memory of each contestant."""
+    problem, packages = report["problem"], report["packages"]
+    names = ", ".join(f"{name} {packages[name]}" for name in ("vllm", "torch", "triton"))
+    ran = {name: row for name, row in report["results"].items() if "error" not in row}
+    parts = [
+        [
+            f"{problem['geometry']}, {problem['weights']} weights, one {report['device']} "
+            f"({names}); made by `benchmarks/end_to_end/table.py`. Medians, with the least and the "
+            "most of the repetitions."
+        ],
+        ["Decoding, tokens per second of all sequences together:"],
+        list(_timed(ran, RATES, "batch", ".0f", best=max)),
+        ["Milliseconds to the first token of a prompt of so many tokens:"],
+        list(_timed(ran, FIRST, "tokens", ".0f", best=min)),
+        ["GiB of the model as vLLM logs it, and at the peak while loading:"],
+        list(_memory(ran)),
+    ]
+    failed = [label(name) for name in report["results"] if name not in ran]
+    if failed:
+        parts.append([f"Did not run: {', '.join(failed)}."])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def label(name: str) -> str:
+    """How a table calls a contestant."""
+    return LABELS.get(name, f"ours, `{name}`")
+
+
+def _timed(ran: dict[str, Any], figure: str, head: str, digits: str, best: Any) -> Iterator[str]:
+    counts = list(next(iter(ran.values()))[figure])
+    winners = {
+        count: best(row[figure][count]["median"] for row in ran.values()) for count in counts
+    }
+    rows = []
+    for name, row in ran.items():
+        cells = []
+        for count in counts:
+            found = row[figure][count]
+            median = f"{found['median']:{digits}}"
+            bold = f"**{median}**" if found["median"] == winners[count] else median
+            cells.append(f"{bold} ({found['min']:{digits}}-{found['max']:{digits}})")
+        rows.append([label(name), *cells])
+    yield from markdown_table([head, *counts], rows)
+
+
+def _memory(ran: dict[str, Any]) -> Iterator[str]:
+    rows = [
+        [label(name), f"{row['weights_gib']:.2f}", f"{row['peak_gib_while_loading']:.2f}"]
+        for name, row in ran.items()
+    ]
+    yield from markdown_table(["weights", "model", "peak"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path, help="JSON file of run.py")
+    add_markdown_files(parser)
+    options = parser.parse_args(arguments)
+    try:
+        section = tables(json.loads(options.result.read_text(encoding="utf-8")))
+        files = [*options.check, *options.write]
+        fresh = {path: update(path, section, bool(options.write), MARKERS) for path in files}
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{options.result}: {error!r}")
+    if not files:
+        print(section)
+    return tell_stale(fresh, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

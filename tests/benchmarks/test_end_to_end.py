@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end-to-end benchmark: what its contestants are, whose turn it is, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.end_to_end import run, table
+from benchmarks.end_to_end.contestants import NAMES, engine_options, environment
+from vllm_nanoquant.recipe import METHOD
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULT = ROOT / "benchmarks" / "end_to_end" / "results" / "h200-nano9b-contest.json"
+FAKE_ENGINE = """
+import json, pathlib, sys, time
+given = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
+name = (json.loads(given["engine"]).get("hf_overrides") or {}).get("quantization_config", {})
+if name.get("preset") == "ssm":
+    sys.exit("no memory is left")
+print("Model loading took 6.50 GiB memory and 1.25 seconds")
+print(given["ready"], flush=True)
+turns = pathlib.Path(__file__).with_name("turns")
+sys.stdin.readline()
+with turns.open("a") as out:
+    out.write("(")
+time.sleep(0.2)
+with turns.open("a") as out:
+    out.write(")")
+print("RESULT " + json.dumps({"start_seconds": 1.0}))
+"""
+
+
+def options(tmp_path, **changes):
+    values = {
+        "checkpoint": None,
+        "geometry": tmp_path / "geometry",
+        "max_model_len": 64,
+        "batches": [1, 4],
+        "prefill": [32],
+        "only_load": False,
+        "max_capture_size": None,
+        "repeats": 1,
+        "together": 3,
+        "cache_gib": 2.0,
+        "output": tmp_path / "result.json",
+    }
+    return argparse.Namespace(**(values | changes))
+
+
+def test_contestants_differ_only_in_how_weights_are_stored(tmp_path):
+    engines = [run.engine_arguments(options(tmp_path), name) for name in NAMES]
+    differing = {"quantization", "hf_overrides"}
+    common = [{k: v for k, v in engine.items() if k not in differing} for engine in engines]
+    assert all(each == common[0] for each in common)
+    assert common[0]["kv_cache_memory_bytes"] == 2 << 30
+    assert (
+        run.engine_arguments(options(tmp_path, together=1), "bf16")["gpu_memory_utilization"] > 0.5
+    )
+
+
+def test_our_presets_alone_get_a_cap_and_our_method():
+    ours = engine_options("full", 32)
+    assert ours["quantization"] == METHOD
+    recipe = {"preset": "full", "max_capture_size": 32}
+    assert ours["hf_overrides"]["quantization_config"] == recipe
+    assert (
+        "max_capture_size" not in engine_options("ssm", None)["hf_overrides"]["quantization_config"]
+    )
+    assert engine_options("bf16", 32) == {}
+    assert engine_options("fp8", 32) == {"quantization": "fp8"}
+
+
+def test_marlin_alone_is_vllms_int4_without_machete():
+    assert engine_options("int4-marlin", None) == engine_options("int4-vllm", None)
+    assert environment("int4-marlin") == {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+    assert environment("int4-vllm") == environment("balanced") == {}
+
+
+def test_engines_start_at_once_and_are_measured_one_after_the_other(tmp_path, monkeypatch):
+    (tmp_path / "engine.py").write_text(FAKE_ENGINE, encoding="utf-8")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    names = ["balanced", "ssm", "full"]
+    found = dict(zip(names, run.measure(options(tmp_path), names), strict=True))
+    assert found["balanced"]["weights_gib"] == 6.5
+    assert found["full"]["load_seconds"] == 1.25
+    assert found["ssm"]["status"] == 1
+    assert "no memory is left" in found["ssm"]["error"][-1]
+    assert (tmp_path / "turns").read_text() == "()()"
+    assert "failed" in run.table({"ssm": found["ssm"]}, [1], [32])
+
+
+def test_the_committed_table_is_that_of_the_committed_results(capsys):
+    page = ROOT / "docs" / "benchmarks.md"
+    assert table.main([str(RESULT), "--check", str(page)]) == 0, capsys.readouterr().out
+
+
+def test_the_table_marks_the_best_and_names_who_did_not_run(capsys, tmp_path):
+    report = json.loads(RESULT.read_text("utf-8"))
+    report["results"]["fp8"] = {"error": ["no"], "status": 1}
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(report), encoding="utf-8")
+    assert table.main([str(changed)]) == 0
+    said = capsys.readouterr().out
+    assert "Did not run: vLLM's FP8." in said
+    rates = {
+        name: row["decode_tokens_per_second"]["1"]["median"]
+        for name, row in report["results"].items()
+        if name != "fp8"
+    }
+    best = max(rates, key=lambda name: rates[name])
+    line = next(line for line in said.splitlines() if line.startswith(f"| {table.label(best)} |"))
+    assert line.split("|")[2].strip().startswith(f"**{rates[best]:.0f}**")
+
+
+def test_a_result_file_that_is_none_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        table.main([str(tmp_path / "none.json")])
+    assert "none.json" in capsys.readouterr().err
