@@ -38,7 +38,7 @@ from vllm_nanoquant.kernels.fragments import (
     scales_of_group,
     word_offsets,
 )
-from vllm_nanoquant.kernels.layout import RuntimeWeight
+from vllm_nanoquant.kernels.layout import RuntimeWeight, ceil_div
 from vllm_nanoquant.kernels.settings import DecodeSettings, decode_settings, launch_options
 
 
@@ -286,7 +286,7 @@ def decode(
     if chosen.split > 1:
         partial = torch.empty((chosen.split, tokens, n), dtype=torch.float32, device=x.device)
     rows = 16 * launch.tiles * launch.warps_n
-    decode_kernel[(triton.cdiv(n, rows) * chosen.split,)](
+    decode_kernel[(ceil_div(n, rows) * chosen.split,)](
         x,
         weight.words,
         weight.scales,

@@ -32,7 +32,7 @@ from vllm_nanoquant.kernels.fragments import (
     scale_offsets,
     word_offsets,
 )
-from vllm_nanoquant.kernels.layout import CHUNK, RuntimeWeight
+from vllm_nanoquant.kernels.layout import CHUNK, RuntimeWeight, ceil_div
 from vllm_nanoquant.kernels.settings import (
     FusedSettings,
     fused_settings,
@@ -270,7 +270,7 @@ def arrange(x: torch.Tensor, chunks: int, padded_rows: int, group_offset: int) -
     """Copy x [rows, K] to [chunks, padded rows, 128]; what pads the rows is not written."""
     rows, k = x.shape
     arranged = torch.empty((chunks, padded_rows, CHUNK), dtype=x.dtype, device=x.device)
-    arrange_kernel[(chunks, triton.cdiv(rows, ARRANGE_ROWS))](
+    arrange_kernel[(chunks, ceil_div(rows, ARRANGE_ROWS))](
         x,
         arranged,
         rows,
@@ -299,7 +299,7 @@ def fused(
     chunks = weight.chunks
     device = x.device
     chosen = settings or fused_settings(weight, tokens, device)
-    padded_tokens = triton.cdiv(tokens, chosen.tokens) * chosen.tokens
+    padded_tokens = ceil_div(tokens, chosen.tokens) * chosen.tokens
     arranged = arrange(x, chunks, padded_tokens, weight.group_offset)
     programs = chosen.programs(n, tokens, chunks, device)
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)

@@ -13,7 +13,7 @@ import torch
 
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, moe_reference
-from vllm_nanoquant.kernels.ops import ALIGNMENT, define_op
+from vllm_nanoquant.kernels.ops import ALIGNMENT, define_op, launching_on
 
 SCHEMA = (
     "moe_w4a16(Tensor x, Tensor w13_words, Tensor w13_scales, Tensor w2_words, Tensor w2_scales, "
@@ -131,8 +131,7 @@ def _cuda(*arguments: Any) -> torch.Tensor:
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
     weights, ids = mixture.topk_weights.float().contiguous(), mixture.topk_ids.int().contiguous()
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(x.device):
+    with launching_on(x.device):
         return _sum_of_experts(mixture._replace(x=x, topk_weights=weights, topk_ids=ids))
 
 

@@ -25,6 +25,7 @@ from vllm_nanoquant.kernels.fragments import (
     scales_of_group,
     word_offsets,
 )
+from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe_gate import gated
 from vllm_nanoquant.kernels.moe_plan import PAIR_SIZES, local_experts, plan_pairs, read_plan
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS
@@ -330,7 +331,7 @@ def moe_decode(
     }
     plan = None if tokens == 1 else plan_pairs(topk_ids, expert_map)
     h = torch.empty((pairs, w13.out_features), dtype=x.dtype, device=device)
-    up_kernel[(triton.cdiv(w13.out_features, 16 * tiles), pairs)](
+    up_kernel[(ceil_div(w13.out_features, 16 * tiles), pairs)](
         x,
         w13.words,
         w13.scales,
@@ -352,7 +353,7 @@ def moe_decode(
         h = gated(h, activation)
     partial = torch.empty((pairs, n), dtype=torch.float32, device=device)
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)
-    down_kernel[(triton.cdiv(n, 16 * tiles), pairs)](
+    down_kernel[(ceil_div(n, 16 * tiles), pairs)](
         h,
         w2.words,
         w2.scales,

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_nanoquant.kernels.layout import ceil_div
+
 COLUMNS = 1024
 
 
@@ -41,7 +43,7 @@ def gated(h: torch.Tensor, activation: str) -> torch.Tensor:
     pairs, width = h.shape[0], h.shape[1] // 2
     out = torch.empty((pairs, width), dtype=h.dtype, device=h.device)
     # The pairs go first: the second axis of a grid ends at 65535.
-    gate_kernel[(pairs, triton.cdiv(width, COLUMNS))](
+    gate_kernel[(pairs, ceil_div(width, COLUMNS))](
         h, out, width, GELU=activation == "gelu", COLUMNS=COLUMNS, num_warps=4
     )
     return out

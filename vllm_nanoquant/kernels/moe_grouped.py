@@ -29,6 +29,7 @@ from vllm_nanoquant.kernels.fused import (
     left_operand,
     whole_left_operand,
 )
+from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe import GROUPED_TOKENS, decode_limit
 from vllm_nanoquant.kernels.moe_gate import gated
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, local_experts
@@ -208,7 +209,7 @@ def _product(
     arranged = arrange(x, weight.chunks, rows, weight.group_offset)
     # Each expert has at most one block that is not full.
     blocks = pairs // chosen.tokens + min(weight.experts, pairs)
-    grouped_kernel[(triton.cdiv(weight.out_features, chosen.rows), blocks)](
+    grouped_kernel[(ceil_div(weight.out_features, chosen.rows), blocks)](
         arranged,
         weight.words,
         weight.scales,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe import DECODE_PAIRS
 from vllm_nanoquant.kernels.settings import launch_options
 
@@ -107,7 +108,7 @@ def plan_pairs(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch
     """Plan of topk_ids, int32 [M, top_k]: int32 [pairs, 16]; at most PAIR_SIZES[-1] pairs."""
     pairs = topk_ids.numel()
     plan = torch.empty((pairs, PLAN_WORDS.value), dtype=torch.int32, device=topk_ids.device)
-    plan_kernel[(triton.cdiv(pairs, PLANNED),)](
+    plan_kernel[(ceil_div(pairs, PLANNED),)](
         topk_ids,
         expert_map,
         plan,

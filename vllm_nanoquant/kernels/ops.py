@@ -7,12 +7,15 @@ would freeze the branch taken at trace time. Importing this module does not impo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import w4a16_reference
+from vllm_nanoquant.kernels.settings import fused_buckets, fused_limit
 
 SCHEMA = (
     "w4a16(Tensor x, Tensor words, Tensor scales, Tensor arrivals, Tensor? bias, "
@@ -26,6 +29,7 @@ DECODE_LIMIT = 16
 ALIGNMENT = 16
 
 _warm: set[tuple[object, ...]] = set()
+_NOTHING_TO_DO = nullcontext()
 
 
 def _runtime_weight(
@@ -93,23 +97,35 @@ def _cuda(
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     if tokens.data_ptr() % ALIGNMENT:
         tokens = tokens.clone()
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(x.device):
+    with launching_on(x.device):
         return _product(tokens, weight, bias).view(shape)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which Triton launches on a GPU: it does on the current one."""
+    if device.index == torch.cuda.current_device():
+        return _NOTHING_TO_DO
+    return torch.cuda.device(device)
 
 
 def _product(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Product of x [M, K], M >= 1, by the kernel for that number of tokens."""
-    from vllm_nanoquant.kernels.decode import decode
-    from vllm_nanoquant.kernels.fused import fused
-    from vllm_nanoquant.kernels.prefill import prefill
-    from vllm_nanoquant.kernels.settings import fused_limit
-
+    decode, fused, prefill = _kernels()
     if x.shape[0] <= DECODE_LIMIT:
         return decode(x, weight, bias)
     if x.shape[0] <= fused_limit(weight, x.device):
         return fused(x, weight, bias)
     return prefill(x, weight, bias)
+
+
+@functools.cache
+def _kernels() -> tuple[Callable[..., torch.Tensor], ...]:
+    """The three products; importing them imports Triton, and takes time at every call."""
+    from vllm_nanoquant.kernels.decode import decode
+    from vllm_nanoquant.kernels.fused import fused
+    from vllm_nanoquant.kernels.prefill import prefill
+
+    return decode, fused, prefill
 
 
 def _fake(
@@ -195,7 +211,6 @@ def warm_up(
     if device.type != "cuda":
         return
     from vllm_nanoquant.kernels.prefill import reserve_scratch, scratch_bytes
-    from vllm_nanoquant.kernels.settings import fused_buckets, fused_limit
 
     torch.cuda.synchronize(device)
     key = (device, weight.shape, weight.group_size, weight.group_offset, bias is None, dtype)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_nanoquant.kernels.fragments import load_scales, scale_offsets, word_offsets
-from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight
+from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight, ceil_div
 from vllm_nanoquant.kernels.weights import half_weights
 
 # One Mamba in_proj of Nemotron-Nano-9B-v2 (22656 x 4480) fits whole; the LM head goes in parts.
@@ -68,7 +68,7 @@ def dequantize_rows(weight: RuntimeWeight, out: torch.Tensor, first: int) -> Non
     """
     rows, k = out.shape
     chunks = weight.chunks
-    dequantize_kernel[(chunks, triton.cdiv(rows, 16 * TILES))](
+    dequantize_kernel[(chunks, ceil_div(rows, 16 * TILES))](
         weight.words,
         weight.scales,
         out,

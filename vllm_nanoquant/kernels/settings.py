@@ -12,7 +12,7 @@ import functools
 import json
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,9 +84,8 @@ class FusedSettings:
         return min(slots, tiles * chunks)
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What settings depend on."""
+class Gpu(NamedTuple):
+    """What settings depend on; a tuple, since each product looks settings up by it."""
 
     capability: tuple[int, int]
     multiprocessors: int
