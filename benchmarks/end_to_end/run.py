@@ -8,7 +8,7 @@
 Each engine runs in a process of its own, so that memory is its own. Memory and load time are what
 vLLM itself logs. Without --checkpoint the weights are dummies: right for speed and memory, wrong
 for text. With --only-load the engines start eagerly, without graphs, and only loading is measured.
-With --together engines start at once, which takes longest, and then wait; they are still measured
+With --together engines start at once, which takes longest, and then stand still; they are measured
 one after the other.
 """
 
@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -98,15 +99,18 @@ class Engine:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=os.environ | ours | environment(name),
+                start_new_session=True,  # a signal reaches vLLM's processes, and no others
             )
 
     def wait_until_ready(self) -> None:
-        """Return when it has started, or ended."""
+        """Return when it has started, or ended. It stands still then, so as not to disturb."""
         while self._process.poll() is None and f"\n{READY}\n" not in self._text():
             time.sleep(0.5)
+        self._signal(signal.SIGSTOP)
 
     def figures(self) -> dict[str, Any]:
         """Let it measure; its figures and what vLLM logged of it."""
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):  # it has ended, and its log says why
             self._process.communicate(b"go\n")
         text = self._text()
@@ -123,6 +127,15 @@ class Engine:
         result["kernels_compiled_while_serving"] = sorted(set(late))
         return result
 
+    def end(self) -> None:
+        """End what is left of it."""
+        self._signal(signal.SIGKILL)
+        self._process.communicate()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
     def _text(self) -> str:
         return self.log.read_text(errors="replace")
 
@@ -130,11 +143,17 @@ class Engine:
 def measure(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Start engines at once, then measure one after the other; their figures in order."""
     with tempfile.TemporaryDirectory() as folder:
-        engines = [Engine(arguments, name, Path(folder)) for name in names]
-        for engine in engines:
-            engine.wait_until_ready()
-        for engine in engines:
-            yield engine.figures()
+        engines: list[Engine] = []
+        try:
+            for name in names:
+                engines.append(Engine(arguments, name, Path(folder)))
+            for engine in engines:
+                engine.wait_until_ready()
+            for engine in engines:
+                yield engine.figures()
+        finally:
+            for engine in engines:
+                engine.end()
 
 
 def packages() -> dict[str, str]:

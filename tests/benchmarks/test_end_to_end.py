@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_marlin_alone_is_vllms_int4_without_machete():
 def test_engines_start_at_once_and_are_measured_one_after_the_other(tmp_path, monkeypatch):
     (tmp_path / "engine.py").write_text(FAKE_ENGINE, encoding="utf-8")
     monkeypatch.setattr(run, "HERE", tmp_path)
+    signals = []
+    send = run.os.killpg
+    monkeypatch.setattr(run.os, "killpg", lambda *sent: (signals.append(sent), send(*sent)))
     names = ["balanced", "ssm", "full"]
     found = dict(zip(names, run.measure(options(tmp_path), names), strict=True))
     assert found["balanced"]["weights_gib"] == 6.5
@@ -90,7 +94,30 @@ def test_engines_start_at_once_and_are_measured_one_after_the_other(tmp_path, mo
     assert found["ssm"]["status"] == 1
     assert "no memory is left" in found["ssm"]["error"][-1]
     assert (tmp_path / "turns").read_text() == "()()"
-    assert "failed" in run.table({"ssm": found["ssm"]}, [1], [32])
+    processes = [process for process, number in signals if number == signal.SIGSTOP]
+    assert len(set(processes)) == 3
+    # All stand still before the first goes on, and each is ended.
+    order = [number for _, number in signals]
+    assert order == 3 * [signal.SIGSTOP] + 3 * [signal.SIGCONT] + 3 * [signal.SIGKILL]
+
+
+def test_engines_that_wait_are_ended_with_the_run(tmp_path, monkeypatch):
+    (tmp_path / "engine.py").write_text(FAKE_ENGINE, encoding="utf-8")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    started = []
+    make = run.subprocess.Popen
+    monkeypatch.setattr(
+        run.subprocess, "Popen", lambda *a, **k: started.append(make(*a, **k)) or started[-1]
+    )
+    measuring = run.measure(options(tmp_path), ["balanced", "full"])
+    next(measuring)
+    measuring.close()
+    assert [process.returncode for process in started] == [0, -signal.SIGKILL]
+
+
+def test_a_table_names_who_failed(tmp_path):
+    found = {"ssm": {"error": ["no memory is left"], "status": 1}}
+    assert "| ssm | failed |" in run.table(found, [1], [32])
 
 
 def test_the_committed_table_is_that_of_the_committed_results(capsys):
