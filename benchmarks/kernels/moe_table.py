@@ -6,8 +6,6 @@ python benchmarks/kernels/moe_table.py RESULT.json --write docs/benchmarks.md
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.kernels.table import add_markdown_files, tell_stale, update
+from benchmarks.kernels.table import put_section
 
 MARKERS = ("<!-- moe:begin -->", "<!-- moe:end -->")
 LABELS = {
@@ -65,19 +63,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("result", type=Path, help="JSON file of moe.py")
-    add_markdown_files(parser)
-    options = parser.parse_args(arguments)
-    try:
-        section = tables(json.loads(options.result.read_text(encoding="utf-8")))
-        files = [*options.check, *options.write]
-        fresh = {path: update(path, section, bool(options.write), MARKERS) for path in files}
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{options.result}: {error!r}")
-    if not files:
-        print(section)
-    return tell_stale(fresh, options)
+    what = (__doc__ or "").splitlines()[0]
+    return put_section(arguments, what, "moe.py", tables, MARKERS)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ and the status is 1 unless every file is up to date. With neither, the tables ar
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -77,6 +79,40 @@ def tell_stale(fresh: dict[Path, bool], options: argparse.Namespace) -> int:
     for path in stale:
         print(f"{path}: {'written' if options.write else 'is not up to date'}")
     return int(bool(options.check and stale))
+
+
+def put_section(
+    arguments: Sequence[str] | None,
+    description: str,
+    made_by: str,
+    tables: Callable[[dict[str, Any]], str],
+    markers: tuple[str, str],
+) -> int:
+    """A whole command line that puts the tables of one result file between two markers.
+
+    Args:
+        arguments: of the command line; None for this process's.
+        description: what it does, for --help.
+        made_by: the script that writes such result files.
+        tables: makes Markdown out of the JSON.
+        markers: lines of the Markdown files between which it belongs.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("result", type=Path, help=f"JSON file of {made_by}")
+    add_markdown_files(parser)
+    options = parser.parse_args(arguments)
+    files = [*options.check, *options.write]
+    try:
+        section = tables(json.loads(options.result.read_text(encoding="utf-8")))
+        fresh = {path: update(path, section, bool(options.write), markers) for path in files}
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{options.result}: {error!r}")
+    if not files:
+        print(section)
+    return tell_stale(fresh, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
