@@ -10,6 +10,7 @@ import torch
 
 from tests.calibration.models import LLAMA, MOE, TINY, random_model, sequences, tiny_source
 from vllm_nanoquant.calibration import stream
+from vllm_nanoquant.calibration.skeleton import Skeleton, lift_step_limits
 from vllm_nanoquant.calibration.stream import CalibrationSettings, quantize_with_text
 from vllm_nanoquant.calibration.text import CalibrationError
 from vllm_nanoquant.kernels.reference import dequantize
@@ -51,6 +52,7 @@ def hessians_of_a_whole_model(
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(tensors, strict=False)
+    lift_step_limits(model)
     model.eval()
     modules = {name: model.get_submodule(name.replace("backbone.", "model.")) for name in names}
     found: dict[str, torch.Tensor] = {}
@@ -95,6 +97,33 @@ def test_hessians_of_the_shipped_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(names) == len(set(names)) == 17
     layers = [int(name.split(".")[2]) for name in names if name != "lm_head"]
     assert layers == sorted(layers) and names[-1] == "lm_head"
+
+
+@torch.no_grad()
+def test_steps_of_a_mixer_may_be_as_small_as_in_vllm() -> None:
+    """The scan of a Mamba-2 mixer by its definition, with steps that transformers would raise."""
+    mixer = first_mixer()
+    mixer.dt_bias.data.fill_(-12.0)  # steps of about 6e-6; time_step_min is 1e-3
+    x = torch.randn(1, 24, mixer.in_proj.in_features)
+    scans: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mixer.norm.register_forward_hook(lambda _, inputs, __: scans.append(inputs))
+    mixer(x)
+    (scanned, _gate), *_ = scans
+    # With steps of nearly nothing the state stays empty, and what is left is D times the input.
+    heads = scanned.view(1, 24, mixer.num_heads, mixer.head_dim)
+    _, convolved, _ = mixer.in_proj(x).split(
+        [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1
+    )
+    convolved = torch.nn.functional.silu(mixer.conv1d(convolved.mT)[..., :24].mT)
+    through = convolved[..., : mixer.intermediate_size].view_as(heads) * mixer.D[:, None]
+    assert torch.linalg.norm(heads - through) < 2e-3 * torch.linalg.norm(through)
+
+
+def first_mixer() -> torch.nn.Module:
+    skeleton = Skeleton(TINY, tiny_source(), torch.device("cpu"), torch.float32)
+    layer = skeleton.layers[0]
+    skeleton.load(layer)
+    return layer.mixer
 
 
 def test_rotary_embeddings_and_a_tied_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

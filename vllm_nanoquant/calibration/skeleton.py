@@ -32,6 +32,8 @@ _PREFIXES = (
 
 Kwargs = dict[str, Any]
 
+_ANY_STEP = (0.0, float("inf"))
+
 
 class Skeleton:
     """A causal language model without the weights of its layers.
@@ -182,7 +184,19 @@ def _build(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             f"transformers cannot build the model of {folder}/config.json by itself ({reason}); "
             "calibration runs no code from a checkpoint; use algorithm 'mse'"
         ) from error
+    lift_step_limits(model)
     return config, model
+
+
+def lift_step_limits(model: nn.Module) -> None:
+    """Let Mamba-2 mixers of transformers take steps of any size, as vLLM does.
+
+    transformers 5 raises each step dt of Nemotron-H and Zamba2 to at least `time_step_min`, which
+    is meant for the initial weights: another model than the one that was trained and is served.
+    """
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = _ANY_STEP
 
 
 def _computed_buffers(module: nn.Module, config: Any) -> dict[str, torch.Tensor]:
