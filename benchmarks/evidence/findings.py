@@ -37,6 +37,23 @@ def findings(results: Results) -> Iterator[str]:
     yield from _positions(results)
 
 
+def against_the_tool(results: Results) -> Iterator[str]:
+    """Sentences about what llm-compressor itself made: a file of evidence/llm_compressor.py."""
+    theirs = {
+        name: f"`{name.removeprefix('llm-compressor-')}` ({row['bits']:.2f} bits)"
+        for name, row in results.items()
+        if name.startswith("llm-compressor-") and "-gptq-" in name
+    }
+    for name, row in results.items():
+        if not name.startswith("linears-"):
+            continue
+        each = [
+            f"{compare(results, name, their)} KL than {words}" for their, words in theirs.items()
+        ]
+        if each:
+            yield f"Our `{name}` ({row['bits']:.2f} bits) has {', '.join(each)}."
+
+
 def verdict(value: float, error: float, limit: float) -> str:
     """Whether a value is under a limit, as sure as its error allows."""
     if value + _SURE * error <= limit:
@@ -50,7 +67,7 @@ def compare(results: Results, one: str, other: str) -> str | None:
         return None
     mean, error = paired_difference(results[one]["kl_by_window"], results[other]["kl_by_window"])
     if abs(mean) <= _SURE * error:
-        return "the same within two errors"
+        return "no measurably different"
     share = mean / results[other]["kl_divergence"]
     return f"{100 * abs(share):.0f} % {'less' if mean < 0 else 'more'}"
 

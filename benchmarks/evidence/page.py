@@ -19,13 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script
 
 from benchmarks.evidence import speed, tables  # noqa: E402
-from benchmarks.evidence.findings import findings  # noqa: E402
+from benchmarks.evidence.findings import against_the_tool, findings  # noqa: E402
 from benchmarks.evidence.plots import save_all  # noqa: E402
 from vllm_nanoquant.files import write_whole  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 EVIDENCE = RESULTS / "small-evidence.json"
 TRAINING = RESULTS / "small-training.json"
+TOOL = RESULTS / "small-llm-compressor.json"
 CONTEST = ROOT / "benchmarks" / "end_to_end" / "results" / "h200-nano9b-contest.json"
 
 _PAGE = """\
@@ -126,6 +127,29 @@ Text and licence: [tools/small_model/README.md](../tools/small_model/README.md).
 
 ![Bits of a weight against KL divergence](images/evidence-bits.svg)
 
+## Beside llm-compressor itself
+
+Checkpoints that llm-compressor {tool} made of this model, and ours of the same modules with the
+same {tool_sequences} calibration sequences of {tool_tokens} tokens, scored alike over the first
+{tool_windows} windows, on a CPU ({tool_device}). Its groups must divide every row; 32 does. Cases
+of the same name in other tables saw all windows, and more sequences. `*-gptq-sym` and `*-asym` have
+ranges by its mse observer, `*-minmax-*` its default ones.
+
+{tool_table}
+
+{tool_findings}
+
+```sh
+python -m venv llmc && llmc/bin/pip install llmcompressor=={tool} tokenizers -e .
+python benchmarks/evidence/llm_compressor.py --model build/small-nemotron-h \\
+    --data build/small-corpus --write-ids build/calibration.npy
+llmc/bin/python benchmarks/quality/llm_compressor.py build/small-nemotron-h build/llmc-g32 \\
+    --calibration-ids build/calibration.npy --group-size 32
+python benchmarks/evidence/llm_compressor.py --model build/small-nemotron-h \\
+    --data build/small-corpus --folders build/llmc-g32 \\
+    --output benchmarks/results/small-llm-compressor.json
+```
+
 ## One kind of weight at a time
 
 {kinds}
@@ -160,7 +184,10 @@ _LAYERS = """
 """
 
 
-def page(evidence: dict[str, Any], training: dict[str, Any], contest: dict[str, Any]) -> str:
+Report = dict[str, Any]
+
+
+def page(evidence: Report, training: Report, contest: Report, tool: Report) -> str:
     """The page's text."""
     results, problem = evidence["results"], evidence["problem"]
     sections = {
@@ -177,6 +204,13 @@ def page(evidence: dict[str, Any], training: dict[str, Any], contest: dict[str, 
         positions=tables.table(tables.position_rows(results)),
         speed=tables.table(speed.rows(results, contest)),
         vllm=contest["packages"]["vllm"],
+        tool=tool["packages"]["llmcompressor"],
+        tool_sequences=tool["problem"]["calibration"]["sequences"],
+        tool_tokens=tool["problem"]["calibration"]["tokens"],
+        tool_windows=tool["problem"]["windows"],
+        tool_device=tool["machine"]["device"],
+        tool_table=tables.table(tables.section_rows(tool["results"], "llm-compressor")),
+        tool_findings="\n".join(f"- {one}" for one in against_the_tool(tool["results"])),
         windows=problem["windows"],
         window=problem["window"],
         long_windows=problem["long_windows"],
@@ -194,17 +228,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evidence", type=Path, default=EVIDENCE, help="JSON file of run.py")
     parser.add_argument("--training", type=Path, default=TRAINING, help="JSON of the training")
     parser.add_argument("--contest", type=Path, default=CONTEST, help="JSON of end_to_end/run.py")
+    parser.add_argument("--tool", type=Path, default=TOOL, help="JSON of llm_compressor.py")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write in")
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args(arguments)
     try:
-        evidence, training, contest = (
+        evidence, training, contest, tool = (
             json.loads(path.read_text(encoding="utf-8"))
-            for path in (options.evidence, options.training, options.contest)
+            for path in (options.evidence, options.training, options.contest, options.tool)
         )
     except OSError as error:
         parser.error(str(error))
-    write_whole(options.docs / "evidence.md", page(evidence, training, contest))
+    write_whole(options.docs / "evidence.md", page(evidence, training, contest, tool))
     if options.plots:
         try:
             save_all(evidence["results"], training, options.docs / "images")
