@@ -37,8 +37,8 @@ What int4 costs, measured on a Nemotron-H model of {parameters:.0f} million para
 trained for it: small enough to be trained in minutes and measured in every way, and a language
 model. It has the 9B's kinds of layers in its proportions and its ragged groups (the MLP's inner
 width is 17.5 groups of 128, the 9B's 122.5). It is no 9B: there the same rounding may cost more or
-less, and other kinds of weight the most. Figures of real checkpoints come from the harness of
-[quality.md](quality.md).
+less, and other kinds of weight the most. Real checkpoints are measured with
+[`nanoquant eval`](evaluation.md).
 
 ## What follows from the figures
 
