@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -38,16 +37,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # run as a script
 from small_model.data import Prepared, load  # noqa: E402
 
 from benchmarks.evidence.cases import WITHOUT_HEAD, Case  # noqa: E402
-from benchmarks.evidence.model import Subject, read_model  # noqa: E402
+from benchmarks.evidence.model import Subject, calibration_ids, read_model  # noqa: E402
+from benchmarks.evidence.report import write_report  # noqa: E402
 from benchmarks.evidence.run import calibration_pool, machine  # noqa: E402
 from benchmarks.evidence.scoring import TokenScores, Windows, by_window, figures  # noqa: E402
 from benchmarks.quality.llm_compressor import RECORD  # noqa: E402
 from benchmarks.quality.weights import DenseWeights, read_weights  # noqa: E402
-from vllm_nanoquant.files import write_whole  # noqa: E402
 from vllm_nanoquant.recipe import Recipe  # noqa: E402
 
 SECTION = "llm-compressor"
-_NUMBERS = re.compile(r"\[([-+\d.,e\s]+)\]")  # lists that are to stand on one line
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -69,11 +67,6 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.write_ids is None and options.output is None:
         parser.error("give --output, or --write-ids")
     return options
-
-
-def calibration_ids(pool: torch.Tensor, samples: int) -> torch.Tensor:
-    """The sequences that `Subject` draws from a pool [sequences, T], int64 [samples, T]."""
-    return pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:samples]]
 
 
 class Comparison:
@@ -165,9 +158,7 @@ class Comparison:
 
     def _add(self, name: str, row: dict[str, Any]) -> None:
         self.report["results"][name] = row
-        text = json.dumps(self.report, indent=1)
-        text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
-        write_whole(self._options.output, text + "\n")
+        write_report(self._options.output, self.report)
         print(
             f"{name:32} {row.get('bits', 16):.3f} bits  perplexity {row['perplexity']:.4f} "
             f"({100 * row['perplexity_change']:+.3f} %)  KL {row['kl_divergence']:.3e}",
@@ -181,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = load(options.data)
     pool = calibration_pool(data, options.window, options.seed)
     if options.write_ids is not None:
-        np.save(options.write_ids, calibration_ids(pool, options.samples).numpy())
+        np.save(options.write_ids, calibration_ids(pool, options.samples, seed=0).numpy())
         return 0
     options.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("highest")

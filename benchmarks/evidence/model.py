@@ -25,6 +25,12 @@ BATCH_TOKENS = 32768
 """Calibration tokens that pass through a layer together."""
 
 
+def calibration_ids(pool: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
+    """The sequences that a case is calibrated with, of a pool [sequences, T]: [samples, T]."""
+    random = torch.Generator().manual_seed(seed)
+    return pool[torch.randperm(len(pool), generator=random)[:samples]]
+
+
 def read_model(folder: Path, device: torch.device) -> tuple[TinyNemotronH, tuple[LayerKind, ...]]:
     """A checkpoint of tools/train_small_model.py, in fp32, and the kinds of its layers.
 
@@ -127,9 +133,7 @@ class Subject:
     ) -> dict[str, Rounded]:
         """Layer by layer, each with the inputs that the quantized layers before it give."""
         model = self.model
-        random = torch.Generator().manual_seed(case.seed)
-        chosen = torch.randperm(len(self._calibration), generator=random)[:samples]
-        ids = self._calibration[chosen]
+        ids = calibration_ids(self._calibration, samples, case.seed)
         rows = max(1, BATCH_TOKENS // ids.shape[1])
         states = [model.backbone.embeddings(part) for part in ids.split(rows)]
         steps: list[tuple[str, nn.Module]] = [

@@ -32,12 +32,10 @@ from small_model.data import Prepared, load  # noqa: E402
 
 from benchmarks.evidence.cases import Case, cases  # noqa: E402
 from benchmarks.evidence.model import Subject, read_model  # noqa: E402
+from benchmarks.evidence.report import write_report  # noqa: E402
 from benchmarks.evidence.scoring import Windows, by_position, by_window, figures  # noqa: E402
-from vllm_nanoquant.files import write_whole  # noqa: E402
 
 _CALIBRATION_POOL = 1024
-# Lists of numbers, which are to stand on one line.
-_NUMBERS = re.compile(r"\[([-+\d.,e\s]+)\]")
 
 
 def parse_options() -> argparse.Namespace:
@@ -152,9 +150,7 @@ class Measurement:
 
     def write(self) -> None:
         """Write the file, whole."""
-        text = json.dumps(self.report, indent=1)
-        text = _NUMBERS.sub(lambda found: "[" + " ".join(found[1].split()) + "]", text)
-        write_whole(self._options.output, text + "\n")
+        write_report(self._options.output, self.report)
 
 
 def main() -> int:

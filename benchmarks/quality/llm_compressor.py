@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT / "tools"))  # run as a script
 
 from tiny_model.model import ssd_scan  # noqa: E402
 
+from vllm_nanoquant.calibration.skeleton import lift_step_limits  # noqa: E402
 from vllm_nanoquant.calibration.text import load_sequences, load_tokenizer  # noqa: E402
 
 VARIANTS = ("rtn-sym", "rtn-asym", "mse-sym", "mse-asym", "gptq-sym", "gptq-asym")
@@ -125,33 +126,26 @@ def scan(
     return y.flatten(2, 3) + D[:, None] * x.float()
 
 
-def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The stock model by transformers, in bf16, as vLLM computes it; its own values of the config.
-
-    transformers keeps the steps of a Mamba layer above `time_step_min`, which is meant for the
-    first values of a training and makes the loss of a trained model worse by percents; nothing else
-    reads it.
-    """
+def load_model(folder: Path) -> Any:
+    """The stock model by transformers, in bf16, as vLLM computes it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
-    stock = {"use_cache": config.use_cache}
-    config.use_cache = False
     if config.model_type == "nemotron_h":
         from transformers.models.nemotron_h import modeling_nemotron_h
 
         modeling_nemotron_h.mamba2_chunk_scan = scan
-        stock["time_step_min"] = config.time_step_min
-        config.time_step_min = config.time_step_limit[0]
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.bfloat16)
-    return model, stock
+    lift_step_limits(model)
+    return model
 
 
 def compress(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make one variant's folder; what made it, for the record."""
     from llmcompressor import oneshot  # type: ignore[import-not-found]
 
-    model, stock = load_model(arguments.model)
+    model = load_model(arguments.model)
+    use_cache, model.config.use_cache = model.config.use_cache, False
     options: dict[str, Any] = {}
     record: dict[str, Any] = {"group_size": arguments.group_size, "ignore": arguments.ignore}
     if variant.startswith("gptq"):
@@ -162,8 +156,7 @@ def compress(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     modifier = recipe(variant, arguments.group_size, arguments.ignore)
     oneshot(model=model, recipe=modifier, **options)
     record["seconds"] = round(time.perf_counter() - start, 1)
-    for name, value in stock.items():
-        setattr(model.config, name, value)
+    model.config.use_cache = use_cache
     target = arguments.output / variant
     model.save_pretrained(target, save_compressed=True)
     for name in TOKENIZER:
