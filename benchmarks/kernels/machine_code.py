@@ -18,11 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_nanoquant.kernels import decode, fused, prefill
+from vllm_nanoquant.kernels import decode, fused, prefill, search
 from vllm_nanoquant.kernels.layout import CHUNK, TILE, groups_per_chunk
 from vllm_nanoquant.kernels.settings import DecodeSettings, FusedSettings
 
@@ -43,6 +44,9 @@ _POINTERS = {
     "starts_ptr": "i32",
     "plan_ptr": "i32",
     "weights_ptr": "fp32",
+    "packed_ptr": "u8",
+    "scale_ptr": "i16",
+    "zero_ptr": "i16",
 }
 _ALWAYS_ALIGNED = (*_POINTERS, "arranged_ptr", "w_ptr", "y_ptr", "scale_stride")
 _LABEL = re.compile(r"\s*(\.L_\S+):")
@@ -241,6 +245,15 @@ def compile_dequantize(variant: Variant) -> MachineCode:
     return compile_kernel(
         prefill.dequantize_kernel, variant, constants, {"num_warps": prefill.NUM_WARPS}
     )
+
+
+def compile_search(variant: Variant) -> MachineCode:
+    """The kernel that searches ranges while a model loads."""
+    width = variant.group_size
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[variant.dtype]
+    constants = {"ROWS": search.rows_together(width, dtype), "LEVELS": width.bit_length() - 1}
+    options = {"num_warps": search.NUM_WARPS, "num_stages": 1, "enable_fp_fusion": False}
+    return compile_kernel(search.search_kernel, variant, constants, options)
 
 
 def compile_kernel(

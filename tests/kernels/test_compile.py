@@ -320,3 +320,15 @@ SECOND = "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR16], R24, gsb0"
 )
 def test_the_check_of_operands(loop: list[str], found: list[str]) -> None:
     assert overwritten_operands(instructions(*loop)) == found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "group_size"), [("bf16", 128), ("fp32", 128), ("bf16", 32)])
+def test_the_search_keeps_a_group_in_registers(
+    architecture: int, dtype: str, group_size: int
+) -> None:
+    code = machine_code.compile_search(Variant(architecture, dtype, group_size))
+    assert code.spilled_bytes <= SPILLED_BYTES, code.summary()
+    # Fused into one rounding, products and sums would give other bytes than on a CPU. (Divisions
+    # are made of such instructions.)
+    assert "fma.rn.f32" not in code.ptx

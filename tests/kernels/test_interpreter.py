@@ -11,7 +11,9 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("cases", ["interpreted_cases.py", "interpreted_moe_cases.py"])
+@pytest.mark.parametrize(
+    "cases", ["interpreted_cases.py", "interpreted_moe_cases.py", "interpreted_search_cases.py"]
+)
 def test_kernels_in_the_interpreter(cases: str) -> None:
     """Runs a file of cases; a crash there is an access outside a tensor."""
     path = str(Path(__file__).with_name(cases))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_nanoquant.kernels.ops import launching_on
 from vllm_nanoquant.quantize.groups import (
     WHOLE_ROW,
     QuantizedWeight,
@@ -36,6 +37,9 @@ from vllm_nanoquant.quantize.ranges import (
 CHUNK_WEIGHTS_CPU = 1 << 19
 # On a GPU.
 CHUNK_WEIGHTS_GPU = 1 << 22
+
+# Columns of a group that the kernel of a GPU takes (`kernels.search`).
+_KERNEL_WIDTHS: tuple[int, ...] = (16, 32, 64, 128)
 
 # The search, as fractions of the min-max range. More tries bring little: docs/algorithms.md.
 _SHRINK = (0.93, 0.85, 0.77)
@@ -85,15 +89,38 @@ def quantize_mse(
     def search(segment: _Segment, part: slice) -> None:
         weights = None if importance is None else importance[segment.columns]
         values = weight[part, segment.columns].to(device)
+        out = (
+            packed[segment.columns.start // 2 : (segment.columns.stop + 1) // 2, part],
+            scale[segment.groups, part],
+            zero_point[segment.groups, part],
+        )
+        if device.type == "cuda" and weights is None and segment.width in _KERNEL_WIDTHS:
+            _search_on_gpu(values, segment.width, *out)
+            return
         q, part_scale, part_zero = _quantize_chunk(values, segment.width, weights)
-        scale[segment.groups, part] = part_scale.t()
-        zero_point[segment.groups, part] = part_zero.t()
-        packed[segment.columns.start // 2 : (segment.columns.stop + 1) // 2, part] = pack_nibbles(q)
+        for whole, found in zip(out, (pack_nibbles(q), part_scale.t(), part_zero.t()), strict=True):
+            whole.copy_(found)
 
     for segment in _segments(columns, group_size):
         _for_each_chunk(rows, segment, device, search)
     require_finite(weight, scale)
     return QuantizedWeight(packed, scale, zero_point, group_size, columns)
+
+
+def _search_on_gpu(
+    values: torch.Tensor,
+    width: int,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+) -> None:
+    """The search in one kernel: the same bytes, without temporaries."""
+    from vllm_nanoquant.kernels.search import search
+
+    if values.stride(1) != 1:
+        values = values.contiguous()
+    with launching_on(values.device):
+        search(values, width, packed, scale, zero_point)
 
 
 def _normalised(importance: torch.Tensor, columns: int) -> torch.Tensor:
