@@ -6,7 +6,7 @@ import shutil
 
 from safetensors.torch import load_file, save_file
 
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import METHOD, Recipe
 from vllm_nanoquant.roles import layer_kinds
 
@@ -18,7 +18,7 @@ class _Attributes:
 
 def int4_tensors(module, weight, group_size):
     """The checkpoint's tensors of one int4 module, by name."""
-    quantized = quantize_minmax(weight, group_size)
+    quantized = quantize_mse(weight, group_size)
     return {
         f"{module}.weight_packed": quantized.packed,
         f"{module}.weight_scale": quantized.scale,

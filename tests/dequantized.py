@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The number format by its definition (docs/architecture.md), independent of the package."""
+"""What int4 weights stand for, by the number format's definition (docs/architecture.md)."""
 
 import shutil
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from vllm_nanoquant.quantize.mse import quantize_mse
 
 # Every module that preset `full` makes int4, by the last part of its name in the checkpoint.
 FULL = {"in_proj", "out_proj", "up_proj", "down_proj", "gate_proj"}
@@ -12,18 +14,18 @@ FULL |= {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
 
 
 def dequantized(weight, group_size=128):
-    """Values, fp64 [N, K], of a weight [N, K] after min-max quantization to int4."""
-    parts = []
-    for group in weight.split(weight.shape[1] if group_size == -1 else group_size, dim=1):
-        group = group.float()
-        low = group.amin(1, keepdim=True).clamp(max=0)
-        high = group.amax(1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / torch.tensor(15.0)).to(torch.bfloat16).float()
-        scale[scale == 0] = 1
-        zero = (low / scale).to(torch.bfloat16).float()
-        q = (group / scale - zero).round().clamp(0, 15)
-        parts.append((q.double() + zero.double()) * scale.double())
-    return torch.cat(parts, dim=1)
+    """Values, fp64 [N, K], of a weight [N, K] after quantization as it is done while loading.
+
+    Integers, scales and zero points are the package's; what they stand for is (q + zero) * scale.
+    """
+    found = quantize_mse(weight, group_size)
+    width = weight.shape[1] if group_size == -1 else group_size
+    q = torch.stack([found.packed & 15, found.packed >> 4], 1).flatten(0, 1)[: weight.shape[1]]
+    scale, zero = (
+        each.double().repeat_interleave(width, 0)[: weight.shape[1]]
+        for each in (found.scale, found.zero_point)
+    )
+    return ((q.double() + zero) * scale).t().contiguous()
 
 
 def write_dequantized(source, target, dtype=torch.bfloat16):

@@ -52,7 +52,7 @@ def _write(tiny_model, folder, config, shapes):
 def dequantized(source, folder, **recipe):
     """A copy in float32 with the weights that the recipe's integers stand for."""
     from vllm_nanoquant.kernels.reference import dequantize
-    from vllm_nanoquant.quantize.minmax import quantize_minmax
+    from vllm_nanoquant.quantize.mse import quantize_mse
     from vllm_nanoquant.recipe import Recipe
     from vllm_nanoquant.roles import layer_kinds
 
@@ -66,7 +66,7 @@ def dequantized(source, folder, **recipe):
         scheme = parsed.scheme(name.removesuffix(".weight"), kinds) if tensor.dim() == 2 else None
         tensors[name] = tensor.float()
         if scheme is not None:
-            tensors[name] = dequantize(quantize_minmax(tensor, scheme.group_size))
+            tensors[name] = dequantize(quantize_mse(tensor, scheme.group_size))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

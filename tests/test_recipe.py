@@ -153,8 +153,8 @@ def test_precedence_is_ignore_then_the_last_override_then_the_preset():
     assert recipe.scheme("backbone.layers.0.mixer.out_proj", None) is None
     assert recipe.scheme("backbone.layers.1.mixer.up_proj", None) is None
     assert recipe.scheme("backbone.layers.2.mixer.in_proj", None) is None
-    assert recipe.scheme("backbone.layers.3.mixer.in_proj", None) == Scheme(128, "minmax")
-    assert recipe.scheme("backbone.layers.3.mixer.up_proj", None) == Scheme(32, "minmax")
+    assert recipe.scheme("backbone.layers.3.mixer.in_proj", None) == Scheme(128, "mse")
+    assert recipe.scheme("backbone.layers.3.mixer.up_proj", None) == Scheme(32, "mse")
 
 
 @pytest.mark.parametrize("leaf", ["conv1d", "norm", "gate", "embeddings", "A_log"])

@@ -24,7 +24,7 @@ __all__ = ["W4A16Linear", "quantize_w4", "w4a16_linear"]
 def quantize_w4(
     weight: torch.Tensor,
     group_size: int = 128,
-    algorithm: str = "minmax",
+    algorithm: str = "mse",
     device: torch.device | str | None = None,
 ) -> RuntimeWeight:
     """Quantize a weight to int4, in the layout of the kernels.
@@ -33,7 +33,7 @@ def quantize_w4(
         weight: W [N, K] in bf16, fp16 or fp32, as ``nn.Linear.weight``; left as it is.
         group_size: input columns that share a scale and a zero point: 32, 64, 128, or -1 for one
             group per row. The last group is ragged where the size does not divide K.
-        algorithm: ``minmax``, or ``mse`` for a search of the range with the least squared error.
+        algorithm: ``mse``, a search of the range with the least squared error, or ``minmax``.
         device: where to quantize, and where the result lies; by default where the weight is. Rows
             of a weight on another device are sent over a few at a time.
 
@@ -158,7 +158,7 @@ class W4A16Linear(nn.Module):
         cls,
         linear: nn.Linear,
         group_size: int = 128,
-        algorithm: str = "minmax",
+        algorithm: str = "mse",
         device: torch.device | str | None = None,
     ) -> Self:
         """Quantize an ``nn.Linear``, which stays as it is and shares no memory with the result.
@@ -166,7 +166,7 @@ class W4A16Linear(nn.Module):
         Args:
             linear: weight [N, K] and bias [N] or none, in bf16, fp16 or fp32.
             group_size: input columns per scale: 32, 64, 128 or -1.
-            algorithm: ``minmax`` or ``mse``.
+            algorithm: ``mse`` or ``minmax``.
             device: of the result; by default that of the weight.
 
         Raises:

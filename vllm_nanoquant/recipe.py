@@ -80,7 +80,7 @@ class Recipe(BaseModel):
 
     preset: Preset = "balanced"
     group_size: GroupSize = 128
-    algorithm: Algorithm = "minmax"
+    algorithm: Algorithm = "mse"
     ignore: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = ()
     overrides: dict[str, Override] = {}
 

@@ -14,7 +14,7 @@ from vllm_nanoquant.checkpoint.quantize import Request, prepare
 from vllm_nanoquant.checkpoint.rows import RowQuantizer
 from vllm_nanoquant.checkpoint.verify import verify
 from vllm_nanoquant.quantize.algorithms import quantize as by_name
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import Recipe, RecipeError, Scheme
 
 BALANCED = ["layers.0.mixer.in_proj", "layers.0.mixer.out_proj", "layers.1.mixer.up_proj"]
@@ -42,7 +42,7 @@ def test_the_bytes_are_those_of_the_quantizer(tmp_path, group_size, max_shard_by
     quantize(source, tmp_path / "target", max_shard_bytes, group_size=group_size)
     found, stock = read_back(tmp_path / "target"), weights()
     for module in BALANCED:
-        expected = quantize_minmax(stock.pop(f"{module}.weight"), group_size)
+        expected = quantize_mse(stock.pop(f"{module}.weight"), group_size)
         for suffix in ("packed", "scale", "zero_point"):
             stored = found.pop(f"{module}.weight_{suffix}")
             assert torch.equal(stored, getattr(expected, suffix)), (module, suffix)
@@ -135,7 +135,7 @@ def test_the_report(tmp_path):
     stock = weights()
     for name, record in report["tensors"].items():
         wanted = stock[name].double()
-        quantized = quantize_minmax(stock[name], 128)
+        quantized = quantize_mse(stock[name], 128)
         q = torch.stack([quantized.packed & 15, quantized.packed >> 4], 1).flatten(0, 1)
         group = torch.arange(wanted.shape[1]) // 128
         scale, zero = quantized.scale.double()[group], quantized.zero_point.double()[group]

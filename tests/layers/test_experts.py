@@ -36,7 +36,7 @@ from vllm_nanoquant.layers import dispatch
 from vllm_nanoquant.layers.experts import NanoquantExpertsMethod
 from vllm_nanoquant.layers.stored_experts import StoredExpertsMethod
 from vllm_nanoquant.quantize.groups import slice_columns
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import RecipeError
 
 pytestmark = pytest.mark.compat
@@ -60,8 +60,8 @@ def expected_expert(dense, number, width, gated, rank, group_size):
         each = width // rank.size
         share = slice(rank.rank * each, (rank.rank + 1) * each)
     rows = [tensors[shard][share] for shard in ("w1", "w3") if shard in tensors]
-    w2 = slice_columns(quantize_minmax(tensors["w2"], group_size), share.start, share.stop)
-    return {"w13": quantize_minmax(torch.cat(rows), group_size), "w2": w2}
+    w2 = slice_columns(quantize_mse(tensors["w2"], group_size), share.start, share.stop)
+    return {"w13": quantize_mse(torch.cat(rows), group_size), "w2": w2}
 
 
 def assert_same(found, expected):
@@ -109,7 +109,7 @@ def exact_mixture(dense, x, weights, ids, gated, group_size):
         for weight, number in zip(weights[token].double(), chosen, strict=True):
             w = {
                 shard: dequantize(
-                    quantize_minmax(dense[f"{PREFIX}.{number}.{leaf}.weight"], group_size),
+                    quantize_mse(dense[f"{PREFIX}.{number}.{leaf}.weight"], group_size),
                     torch.float64,
                 )
                 for shard, leaf in names_of(gated).items()

@@ -20,7 +20,7 @@ from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import dequantize
 from vllm_nanoquant.layers import linear
 from vllm_nanoquant.quantize.groups import slice_columns
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import ServingOptions
 
 pytestmark = pytest.mark.compat
@@ -60,7 +60,7 @@ def test_mamba_in_proj_shards_each_of_its_parts(tp_rank, tp_size):
         )
         weight = random_weight(sum(parts), HIDDEN)
         layer.weight.weight_loader(layer.weight, weight)  # fused on disk
-    expected = quantize_minmax(rows_of(weight, parts, tp_rank, tp_size), 128)
+    expected = quantize_mse(rows_of(weight, parts, tp_rank, tp_size), 128)
     assert_same(layer, expected)
     assert_multiplies(layer, expected)
 
@@ -77,7 +77,7 @@ def test_a_row_parallel_share_may_start_inside_a_group(tp_rank, tp_size, group_s
         weight = random_weight(48, columns)
         layer.weight.weight_loader(layer.weight, weight)
     share = columns // tp_size
-    whole = quantize_minmax(weight, group_size)
+    whole = quantize_mse(weight, group_size)
     expected = slice_columns(whole, tp_rank * share, (tp_rank + 1) * share)
     assert_same(layer, expected)
     assert_multiplies(layer, expected)
@@ -102,7 +102,7 @@ def test_qkv_with_fewer_kv_heads_than_ranks(tp_rank, tp_size):
         weights["k"].chunk(kv_parts)[kv_rank],
         weights["v"].chunk(kv_parts)[kv_rank],
     ]
-    assert_same(layer, quantize_minmax(torch.cat(mine), 128))
+    assert_same(layer, quantize_mse(torch.cat(mine), 128))
 
 
 @pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
@@ -115,7 +115,7 @@ def test_gate_and_up_of_a_gated_mlp_are_cut_one_by_one(tp_rank, tp_size):
         weight = random_weight(sum(parts), HIDDEN)
         for index, part in enumerate(weight.split(parts)):
             layer.weight.weight_loader(layer.weight, part, index)
-    assert_same(layer, quantize_minmax(rows_of(weight, parts, tp_rank, tp_size), 128))
+    assert_same(layer, quantize_mse(rows_of(weight, parts, tp_rank, tp_size), 128))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -130,7 +130,7 @@ def test_a_bias_is_loaded_and_added(bias):
         if bias:
             assert hasattr(layer, "weight"), "quantized before the bias was there"
             layer.bias.weight_loader(layer.bias, offset)
-    expected = quantize_minmax(weight, 128)
+    expected = quantize_mse(weight, 128)
     assert_same(layer, expected)
     assert_multiplies(layer, expected, layer.bias if bias else None)
 
@@ -142,7 +142,7 @@ def test_a_replicated_layer_is_whole_on_every_rank():
         )
         weight = random_weight(40, HIDDEN)
         layer.weight.weight_loader(layer.weight, weight)
-    assert_same(layer, quantize_minmax(weight, 128))
+    assert_same(layer, quantize_mse(weight, 128))
 
 
 @pytest.mark.parametrize(("tp_rank", "tp_size"), VOCABULARY_RANKS)
@@ -160,7 +160,7 @@ def test_a_padded_vocabulary_has_rows_of_exact_zeros(tp_rank, tp_size):
     rows = layer.num_embeddings_per_partition
     padded = torch.zeros(rows * tp_size, HIDDEN, dtype=torch.bfloat16)
     padded[:vocabulary] = weight
-    expected = quantize_minmax(padded[tp_rank * rows : (tp_rank + 1) * rows], 128)
+    expected = quantize_mse(padded[tp_rank * rows : (tp_rank + 1) * rows], 128)
     assert_same(layer, expected)
     assert_multiplies(layer, expected)
 
@@ -194,7 +194,7 @@ def test_a_very_large_weight_is_filled_on_the_cpu_and_gives_the_same_bytes(monke
             record_metadata_for_reloading(layer)
         weight = random_weight(40, HIDDEN)
         layer.weight.weight_loader(layer.weight, weight)
-    assert_same(layer, quantize_minmax(weight, 128))
+    assert_same(layer, quantize_mse(weight, 128))
 
 
 def test_the_bf16_weight_is_freed_although_the_loader_holds_it(monkeypatch):

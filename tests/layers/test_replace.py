@@ -16,7 +16,7 @@ from tests.dequantized import dequantized
 from tests.layers.fake_ranks import random_weight, rank_of
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.layers import replace
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import Recipe, RecipeError
 
 pytestmark = pytest.mark.compat
@@ -63,7 +63,7 @@ def carry_out(chosen):
 
 
 def assert_int4(layer, weight, bias=None, group_size=128):
-    runtime = RuntimeWeight.from_quantized(quantize_minmax(weight, group_size))
+    runtime = RuntimeWeight.from_quantized(quantize_mse(weight, group_size))
     assert not hasattr(layer, "weight") and not hasattr(layer, "cpu_linear")
     assert torch.equal(layer.weight_packed, runtime.words)
     assert torch.equal(layer.weight_scale, runtime.scales)

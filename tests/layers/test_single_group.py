@@ -26,7 +26,7 @@ from tests.layers.stored_layers import headers_of, load
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.kernels.layout import RuntimeWeight
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import RecipeError, ServingOptions
 
 pytestmark = pytest.mark.compat
@@ -84,7 +84,7 @@ def test_int4_in_the_checkpoint(rank, group_size):
 
 
 def assert_holds(layer, weight, group_size):
-    runtime = RuntimeWeight.from_quantized(quantize_minmax(weight, group_size))
+    runtime = RuntimeWeight.from_quantized(quantize_mse(weight, group_size))
     assert set(dict(layer.named_parameters())) == {"weight_packed", "weight_scale"}
     assert torch.equal(layer.weight_packed, runtime.words)
     assert torch.equal(layer.weight_scale, runtime.scales)

@@ -22,7 +22,7 @@ from tests.layers.stored_layers import (
 from vllm_nanoquant.config import NanoquantConfig
 from vllm_nanoquant.inventory import Inventory
 from vllm_nanoquant.kernels.reference import dequantize
-from vllm_nanoquant.quantize.minmax import quantize_minmax
+from vllm_nanoquant.quantize.mse import quantize_mse
 from vllm_nanoquant.recipe import RecipeError, ServingOptions
 
 pytestmark = pytest.mark.compat
@@ -41,7 +41,7 @@ def test_columns_in_another_order_multiply_the_features_they_belong_to(make):
     found = layer.quant_method.apply(layer, x, None).double()
     # int4 in groups of 128 normal weights is off by about a tenth.
     assert (found - exact).abs().mean() < 0.2 * exact.abs().mean()
-    columns = dequantize(quantize_minmax(weight[:, order], 128), torch.float64)
+    columns = dequantize(quantize_mse(weight[:, order], 128), torch.float64)
     exact = x[:, order].double() @ columns.T
     assert (found - exact).abs().mean() <= 5e-3 * exact.abs().mean()
 

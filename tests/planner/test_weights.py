@@ -133,7 +133,7 @@ def test_an_int4_checkpoint_takes_what_quantizing_while_loading_takes(
     tiny_model, tmp_path, group_size
 ):
     source, target = tiny_model, tmp_path / "target"
-    options = ["--preset", "full", "--group-size", group_size, "--algorithm", "minmax"]
+    options = ["--preset", "full", "--group-size", group_size, "--algorithm", "mse"]
     assert main(["quantize", str(source), str(target), *options]) == 0
     recipe = Recipe(preset="full", group_size=int(group_size))
     settings = Settings(24 * GIB)

@@ -61,8 +61,7 @@ def add_to(commands: Any) -> None:
     recipe.add_argument(
         "--algorithm",
         help="how integers are chosen: mse (default) searches for the least error and needs no "
-        "data; minmax is quicker and less exact; gptq is the most exact and needs a text. "
-        "(Quantizing while vLLM loads defaults to minmax: there, start-up time counts.)",
+        "data; minmax is quicker on a CPU and less exact; gptq is the most exact and needs a text.",
     )
     add_patterns(recipe)
     calibration = parser.add_argument_group("calibration", "for --algorithm gptq, which needs it")

@@ -54,7 +54,7 @@ def add_to(commands: Any) -> None:
         "recipe", "short for --hf-overrides.quantization_config.NAME; the README lists the others"
     )
     add_scheme(recipe)
-    recipe.add_argument("--algorithm", help="minmax (default; the quickest to load) or mse")
+    recipe.add_argument("--algorithm", help="mse (default) or minmax, less exact")
     recipe.add_argument(
         "--max-capture-size",
         type=int,
