@@ -243,7 +243,7 @@ RECIPES = [
     {},
     {"preset": "full"},
     {"group_size": 64},
-    {"algorithm": "mse"},
+    {"algorithm": "minmax"},
     {"ignore": [LAYER_0]},
     {"overrides": {LAYER_0: {"bits": 16}}},
     {"overrides": {LAYER_0: {"group_size": 32}}},

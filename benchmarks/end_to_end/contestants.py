@@ -8,8 +8,8 @@ from typing import Any, get_args
 from vllm_nanoquant.recipe import METHOD, Preset
 
 # vLLM's kernels for groups of 128 refuse rows that are no multiple of 128, such as the 9B's.
-_GROUP = 64
-_COMPRESSED = {
+GROUP = 64
+COMPRESSED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
     "ignore": ["lm_head"],
@@ -21,7 +21,7 @@ _COMPRESSED = {
                 "type": "int",
                 "symmetric": True,
                 "strategy": "group",
-                "group_size": _GROUP,
+                "group_size": GROUP,
             },
         }
     },
@@ -29,8 +29,8 @@ _COMPRESSED = {
 PEERS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quantization": "fp8"},
-    "int4-vllm": {"hf_overrides": {"quantization_config": _COMPRESSED}},
-    "int4-marlin": {"hf_overrides": {"quantization_config": _COMPRESSED}},
+    "int4-vllm": {"hf_overrides": {"quantization_config": COMPRESSED}},
+    "int4-marlin": {"hf_overrides": {"quantization_config": COMPRESSED}},
 }
 """Arguments of ``LLM`` by name; `int4-vllm` has the kernels that vLLM chooses."""
 _ENVIRONMENT = {"int4-marlin": {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}}

@@ -67,7 +67,7 @@ def test_index_and_config_let_vllm_find_everything(tmp_path):
         "format_version": 1,
         "preset": "full",
         "group_size": 128,
-        "algorithm": "minmax",
+        "algorithm": "mse",
         "ignore": ["lm_head"],
         "overrides": {},
     }
@@ -345,14 +345,14 @@ def test_a_weight_of_a_dtype_that_cannot_be_quantized(tmp_path):
         quantize(source, tmp_path / "target")
 
 
-def test_offline_the_default_is_the_search_and_config_says_so(tmp_path):
+def test_the_default_is_the_search_and_config_says_so(tmp_path):
     source = write_stock(tmp_path / "source")
     report = prepare(Request(str(source), source, tmp_path / "target")).run()
     quantization = json.loads((tmp_path / "target/config.json").read_text())["quantization_config"]
     assert quantization["algorithm"] == "mse"
     assert {record["algorithm"] for record in report["tensors"].values()} == {"mse"}
-    assert Recipe().algorithm == "minmax"
-    quantize(source, tmp_path / "plain")
+    assert Recipe().algorithm == "mse"
+    quantize(source, tmp_path / "plain", algorithm="minmax")
     plain = json.loads((tmp_path / "plain/config.json").read_text())["quantization_config"]
     assert plain["algorithm"] == "minmax"
 

@@ -52,7 +52,7 @@ def test_mse_takes_any_strides_and_parts_of_rows() -> None:
 
 def test_mse_takes_under_three_seconds_for_9b_weights() -> None:
     weight = torch.randn(4480, 15680, device="cuda").bfloat16()
-    quantize_mse(weight[:300], 128)
+    quantize_mse(weight, 128)  # the first of a shape compiles
     torch.cuda.synchronize()
     start = time.perf_counter()
     quantize_mse(weight, 128)

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.compat, pytest.mark.slow]
 
 FLAG = "--hf-overrides.quantization_config"
 RECIPE = {"preset": "ssm", "group_size": 64, "ignore": ["backbone.layers.0.mixer.in_proj"]}
-SAYS = "quantized 5 modules to int4 (preset ssm, group size 64, minmax)"
+SAYS = "quantized 5 modules to int4 (preset ssm, group size 64, mse)"
 
 
 @pytest.fixture(scope="module")
@@ -94,4 +94,4 @@ def test_a_server_takes_options_on_its_command_line_and_answers(server):
     assert answers[0].choices[0].text.strip()
     assert answers[0].choices[0].text == answers[1].choices[0].text
     text = log.read_text()
-    assert "quantized 15 modules to int4 (preset full, group size 64, minmax)" in text
+    assert "quantized 15 modules to int4 (preset full, group size 64, mse)" in text

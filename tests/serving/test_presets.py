@@ -88,7 +88,7 @@ def order_columns(tiny_model, tensors):
 def test_a_preset_quantizes_what_it_names(reports, preset):
     report = reports[preset]
     assert len(report["int4"]) == MODULES[preset], report
-    line = f"quantized {MODULES[preset]} modules to int4 (preset {preset}, group size 128, minmax)"
+    line = f"quantized {MODULES[preset]} modules to int4 (preset {preset}, group size 128, mse)"
     assert sum(line in text for text in report["log"]) == 1
 
 
@@ -124,7 +124,7 @@ def test_an_int4_checkpoint_gives_the_bytes_of_quantizing_while_loading(reports,
 
 def test_an_int4_checkpoint_is_loaded_and_not_quantized(reports):
     log = "\n".join(reports["stored full"]["log"])
-    assert "loaded 15 int4 modules (preset full, group size 128, minmax)" in log
+    assert "loaded 15 int4 modules (preset full, group size 128, mse)" in log
     assert "modules to int4" not in log
 
 

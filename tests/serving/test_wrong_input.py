@@ -33,7 +33,7 @@ WRONG_OPTIONS = {
     ),
     "int4 that is not there": (
         {"preset": "ssm", "quant_method": METHOD, "format_version": 1},
-        "in_proj should be int4 by config.json (preset ssm, group size 128, minmax, format_version",
+        "in_proj should be int4 by config.json (preset ssm, group size 128, mse, format_version",
     ),
     "bad regex": ({"ignore": ["re:("]}, "'re:(' is not a regular expression"),
     "wrong bits": ({"overrides": {"lm_head": {"bits": 8}}}, "overrides.lm_head.bits = 8"),

@@ -162,7 +162,7 @@ def better(
     return scale, zero, tl.where(taken, new_error, error), taken
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["packed_ptr", "scale_ptr", "zero_ptr", "rows", "total_rows"])
 def search_kernel(
     weight_ptr: tl.tensor,
     packed_ptr: tl.tensor,
