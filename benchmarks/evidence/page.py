@@ -50,11 +50,10 @@ KL divergence is from BF16, in thousandths of a nat of a token.
 
 - `balanced` stays the default preset. The LM head, which only `full` quantizes, costs more than any
   other kind of weight, for a ninth of the weights here.
-- `mse` stays the default of `nanoquant quantize` and `convert`, and `gptq` the advice where there
-  is a text: [algorithms](algorithms.md).
-- vLLM still quantizes with `minmax` while it loads, unless told otherwise: that is within the
-  target as well, and there start-up time counts (`seconds_quantizing` in the result file). Give
-  `algorithm` `mse` where it does not.
+- `mse` is the default everywhere now: of `nanoquant quantize` and `convert`, as before, and while
+  vLLM loads, where a kernel of its own does the search in half a second for a 9B
+  ([loading](benchmarks.md#loading)). `gptq` is the advice where there is a text:
+  [algorithms](algorithms.md).
 - Groups of 128 and zero points in bf16 stay the default: whole ones save 0.1 bits of a weight, and
   lose much of what groups of 64 gain for 0.25.
 - `quality` stays NVIDIA's choice, which was made on the models that it is for. Here it pays off, as
