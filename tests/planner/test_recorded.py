@@ -57,7 +57,8 @@ def recorded():
 
 @pytest.mark.parametrize(("geometry", "preset", "figures"), list(recorded()))
 def test_the_models_memory(geometry, preset, figures):
-    assert plan(geometry, preset).needs.model / GIB == pytest.approx(figures["weights_gib"], rel=AGREEMENT)
+    found = plan(geometry, preset).needs.model / GIB
+    assert found == pytest.approx(figures["weights_gib"], rel=AGREEMENT)
 
 
 @pytest.mark.parametrize(
