@@ -91,7 +91,7 @@ def test_a_long_prompt(client):
 def test_bench_serve(server, tmp_path):
     file = tmp_path / "result.json"
     words = ["bench", "serve", "--base-url", server.url, "--runs", "3", "--warm-ups", "1"]
-    words += ["--concurrency", "1,2", "--prompt-tokens", "16", "--output-tokens", "8"]
+    words += ["--concurrency", "1,2", "--prompt-tokens", "16", "--output-tokens", "32"]
     done = subprocess.run(
         [*NANOQUANT, *words, "--output", str(file)], capture_output=True, text=True, timeout=300
     )
@@ -99,7 +99,7 @@ def test_bench_serve(server, tmp_path):
     result = json.loads(file.read_text())
     assert [row["concurrency"] for row in result["results"]] == [1, 2]
     assert [row["requests"] for row in result["results"]] == [3, 6]
-    assert [row["output_tokens"] for row in result["results"]] == [24, 48]
+    assert [row["output_tokens"] for row in result["results"]] == [96, 192]
     for row in result["results"]:
         speed = row["decode_tokens_per_second"]
         assert 0 < speed["p10"] <= speed["p50"] <= speed["p90"]

@@ -124,7 +124,8 @@ def summarise(concurrency: int, raw: Mapping[str, Any]) -> dict[str, Any]:
     seconds = [sum(gaps) for gaps in raw["itls"]]
     if not all(seconds):
         raise BenchmarkError(
-            f"concurrency {concurrency}: an answer came in one piece, so it has no decode speed"
+            f"concurrency {concurrency}: an answer came in one piece, so it has no decode speed; "
+            "ask for longer ones with --output-tokens"
         )
     speeds = [(tokens - 1) / each for tokens, each in zip(raw["output_lens"], seconds, strict=True)]
 
