@@ -45,11 +45,11 @@ def seconds(work: Callable[[], QuantizedWeight]) -> list[float]:
 
 def without_kernel(weight: torch.Tensor) -> QuantizedWeight:
     """The search in plain PyTorch, which is the kernel's reference."""
-    widths, mse._KERNEL_WIDTHS = mse._KERNEL_WIDTHS, ()
+    widths, mse.KERNEL_WIDTHS = mse.KERNEL_WIDTHS, ()
     try:
         return mse.quantize_mse(weight, GROUP_SIZE)
     finally:
-        mse._KERNEL_WIDTHS = widths
+        mse.KERNEL_WIDTHS = widths
 
 
 def measure(rows: int, columns: int) -> dict[str, Any]:

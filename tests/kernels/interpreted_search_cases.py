@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import guarded, guarded_empty
-from vllm_nanoquant.kernels.search import WIDTHS, search
-from vllm_nanoquant.quantize.mse import quantize_mse
+from vllm_nanoquant.kernels.search import search
+from vllm_nanoquant.quantize.mse import KERNEL_WIDTHS, quantize_mse
 
 pytest_plugins = ["tests.kernels.interpreter"]
 
@@ -63,11 +63,11 @@ def test_a_part_of_the_rows_and_columns_is_written_and_no_more(at_end: bool) -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_shows_in_the_scale(value: float, at_end: bool) -> None:
-    weight = rows_of_every_kind(WIDTHS[0], torch.float32)
-    weight[11, WIDTHS[0] + 5] = value
-    packed = guarded_empty((GROUPS * WIDTHS[0] // 2, len(weight)), torch.uint8, at_end)
+    weight = rows_of_every_kind(KERNEL_WIDTHS[0], torch.float32)
+    weight[11, KERNEL_WIDTHS[0] + 5] = value
+    packed = guarded_empty((GROUPS * KERNEL_WIDTHS[0] // 2, len(weight)), torch.uint8, at_end)
     scale, zero_point = (
         guarded_empty((GROUPS, len(weight)), torch.bfloat16, at_end) for _ in range(2)
     )
-    search(guarded(weight, at_end), WIDTHS[0], packed, scale, zero_point)
+    search(guarded(weight, at_end), KERNEL_WIDTHS[0], packed, scale, zero_point)
     assert torch.isfinite(scale).logical_not().nonzero().tolist() == [[1, 11]]

@@ -18,8 +18,6 @@ from vllm_nanoquant.kernels.layout import ceil_div
 # Bytes of weights of a program: what a thread loads at once, and its registers have room for.
 PROGRAM_BYTES = 2048
 NUM_WARPS = 4
-WIDTHS = (16, 32, 64, 128)
-"""Columns of a group that the kernel takes."""
 
 STEPS = tl.constexpr(15.0)
 # Adding and subtracting it rounds to the nearest integer, ties to even, up to 2^22.
@@ -70,10 +68,21 @@ def scale_and_zero_point(low: tl.tensor, high: tl.tensor) -> tuple[tl.tensor, tl
 
 
 @triton.jit
+def in_steps(values: tl.tensor, scale: tl.tensor, zero: tl.tensor) -> tl.tensor:
+    """Where values [ROWS, G] lie among the integers 0 to 15, fp32; beyond them as well."""
+    return tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)) - zero[:, None]
+
+
+@triton.jit
+def nearest(wanted: tl.tensor) -> tl.tensor:
+    """Nearest integers, 0 to 15, in fp32."""
+    return (tl.minimum(tl.maximum(wanted, 0.0), STEPS) + ROUNDER) - ROUNDER
+
+
+@triton.jit
 def integers(values: tl.tensor, scale: tl.tensor, zero: tl.tensor) -> tl.tensor:
     """Nearest integers of values [ROWS, G], in fp32."""
-    wanted = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)) - zero[:, None]
-    return (tl.minimum(tl.maximum(wanted, 0.0), STEPS) + ROUNDER) - ROUNDER
+    return nearest(in_steps(values, scale, zero))
 
 
 @triton.jit
@@ -86,9 +95,8 @@ def squared_error(
     LEVELS: tl.constexpr,
 ) -> tl.tensor:
     """Squared error of each group [ROWS], in units of the square of the min-max scale `unit`."""
-    wanted = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape)) - zero[:, None]
-    nearest = (tl.minimum(tl.maximum(wanted, 0.0), STEPS) + ROUNDER) - ROUNDER
-    off = wanted - nearest
+    wanted = in_steps(values, scale, zero)
+    off = wanted - nearest(wanted)
     ratio = tl.div_rn(scale, unit)
     return fold(off * off, ROWS, LEVELS) * (ratio * ratio)
 
@@ -247,7 +255,7 @@ def search(
 
     Args:
         weight: [rows, groups * width] in bf16, fp16 or fp32; the last stride is 1.
-        width: columns of a group, one of WIDTHS.
+        width: columns of a group, one of `quantize.mse.KERNEL_WIDTHS`.
         packed: filled; uint8 [groups * width / 2, rows], a slice of columns of a larger one or not.
         scale: filled; bf16 [groups, rows], likewise.
         zero_point: filled; as `scale`.

@@ -38,8 +38,8 @@ CHUNK_WEIGHTS_CPU = 1 << 19
 # On a GPU.
 CHUNK_WEIGHTS_GPU = 1 << 22
 
-# Columns of a group that the kernel of a GPU takes (`kernels.search`).
-_KERNEL_WIDTHS: tuple[int, ...] = (16, 32, 64, 128)
+KERNEL_WIDTHS: tuple[int, ...] = (16, 32, 64, 128)
+"""Columns of a group that the kernel of a GPU takes (`kernels.search`)."""
 
 # The search, as fractions of the min-max range. More tries bring little: docs/algorithms.md.
 _SHRINK = (0.93, 0.85, 0.77)
@@ -94,7 +94,7 @@ def quantize_mse(
             scale[segment.groups, part],
             zero_point[segment.groups, part],
         )
-        if device.type == "cuda" and weights is None and segment.width in _KERNEL_WIDTHS:
+        if device.type == "cuda" and weights is None and segment.width in KERNEL_WIDTHS:
             _search_on_gpu(values, segment.width, *out)
             return
         q, part_scale, part_zero = _quantize_chunk(values, segment.width, weights)
