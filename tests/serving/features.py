@@ -74,7 +74,7 @@ def prompts(model):
     """
     windows = heldout_windows(model, 800)
     short = [window[:length] for window, length in zip(windows, (17, 40, 100), strict=False)]
-    first, second = windows[3:5]
+    first, second = windows[4:6]
     return {"short": short, "long": [first[:700], first[:600] + second[600:700]]}
 
 
