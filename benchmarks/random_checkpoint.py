@@ -91,8 +91,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--int4", action="store_true", help="for vLLM's own int4")
     arguments = parser.parse_args()
-    given = arguments.geometry, arguments.target, arguments.device, arguments.int4
-    total = write_checkpoint(*given)
+    total = write_checkpoint(arguments.geometry, arguments.target, arguments.device, arguments.int4)
     print(f"{arguments.target}: {total / 1e9:.2f} GB")
 
 
