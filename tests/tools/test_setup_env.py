@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import _checks
 import _pip
@@ -144,6 +145,32 @@ def test_folder_that_is_no_environment_is_left_alone(tmp_path):
     with pytest.raises(Failure, match="is there and is no virtual environment"):
         setup.run()
     assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [({}, 4.5), ({"test_tools": True}, 5), ({"test_tools": True, "vllm_version": "0.28.0"}, 4.5)],
+)
+def test_too_little_disk_is_named_before_anything_is_made(tmp_path, monkeypatch, options, needed):
+    def made(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(setup_env.Setup, "_make_venv", made)
+    for check in ("check_compiler", "check_headers"):
+        monkeypatch.setattr(setup_env, check, lambda *_: None)
+    setup = setup_env.Setup(setup_env.Options(tmp_path / "venv", device="cpu", **options))
+    for free, caught, said in (
+        (
+            needed - 0.1,
+            Failure,
+            f"has {needed - 0.1:.1f} GB free and the environment takes {needed} GB",
+        ),
+        (needed + 0.1, InterruptedError, ""),
+    ):
+        usage = SimpleNamespace(free=free * 1e9)
+        monkeypatch.setattr(setup_env.shutil, "disk_usage", lambda _, usage=usage: usage)
+        with pytest.raises(caught, match=said):
+            setup.run()
 
 
 @pytest.mark.parametrize("version", [(3, 10, 13), (3, 14, 0), (2, 7, 18)])
