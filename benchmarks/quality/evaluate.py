@@ -4,8 +4,9 @@
     python benchmarks/quality/evaluate.py models/tiny-nemotron-h CHECKPOINT...
 
 Each checkpoint (stock, ours, or one of another tool that `nanoquant convert` reads) is dequantized
-to fp32, and the model is run in fp32 by transformers on the stock checkpoint's heldout.txt in
-non-overlapping windows, so that weights are compared and nothing else. Figures:
+to fp32, and the model is run in fp32 by transformers, its Mamba layers with steps of any size as in
+vLLM, on the stock checkpoint's heldout.txt in non-overlapping windows, so that weights are compared
+and nothing else. Figures:
 
     perplexity      exp of the mean negative log likelihood of a token
     KL divergence   of the next-token distribution from the stock model's, nats for each token
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the pat
 from benchmarks.quality.metrics import Scores, paired_difference  # noqa: E402
 from benchmarks.quality.weights import DenseWeights, read_weights  # noqa: E402
 from tests.serving.engines import heldout_windows  # noqa: E402
+from vllm_nanoquant.calibration.skeleton import lift_step_limits  # noqa: E402
 
 BATCH = 4
 """Windows that are run together."""
@@ -133,6 +135,7 @@ def dense_model(stock: Path, weights: DenseWeights) -> Any:
     wrong = {key: sorted(names) for key, names in loading.items() if names}
     if wrong:
         raise ValueError(f"the checkpoint does not fit the model: {wrong}")
+    lift_step_limits(model)
     return model.eval()
 
 
