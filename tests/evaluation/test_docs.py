@@ -54,5 +54,5 @@ def test_figures_of_the_page_are_those_of_the_benchmark():
     results = json.loads(
         (Path(__file__).parents[2] / "benchmarks/results/tiny-perplexity.json").read_text()
     )["results"]
-    for recipe in ("bf16", "full", "balanced"):
+    for recipe in ("bf16", "full, minmax", "full", "balanced"):
         assert f"{results[recipe]['perplexity']:.4f}" in PAGE
