@@ -10,7 +10,6 @@ likelihood per token.
 
 import argparse
 import json
-import math
 import platform
 import sys
 import tempfile
@@ -20,7 +19,13 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the engines of the tests are the ones to measure
 
-from tests.serving.engines import PROMPTS, heldout_windows, job, run_engines  # noqa: E402
+from tests.serving.engines import (  # noqa: E402
+    PROMPTS,
+    heldout_windows,
+    job,
+    perplexity,
+    run_engines,
+)
 from vllm_nanoquant.recipe import Recipe  # noqa: E402
 
 MODEL = ROOT / "models" / "tiny-nemotron-h"
@@ -53,14 +58,14 @@ def main() -> None:
     for name, report in reports.items():
         if "error" in report:
             sys.exit(f"{name} was not served: {report['error']}")
-        perplexity = math.exp(report["nll"] / report["nll_tokens"])
+        found = perplexity(report)
         results[name] = {
-            "perplexity": perplexity,
+            "perplexity": found,
             "tokens": report["nll_tokens"],
             "greedy": dict(zip(PROMPTS, report["texts"], strict=True)),
         }
-        over = perplexity / results["bf16"]["perplexity"] - 1
-        print(f"{name:24} {perplexity:8.3f} {100 * over:+6.2f} %")
+        over = found / results["bf16"]["perplexity"] - 1
+        print(f"{name:24} {found:8.3f} {100 * over:+6.2f} %")
     report_json = {
         "problem": {
             "model": MODEL.name,

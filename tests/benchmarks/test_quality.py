@@ -17,7 +17,6 @@ from tiny_model.model import TinyConfig
 from benchmarks.quality import table
 from benchmarks.quality.evaluate import dense_model
 from benchmarks.quality.metrics import Scores, difference, paired_difference
-from benchmarks.quality.run import MODEL
 from benchmarks.quality.served import last_error
 from benchmarks.quality.weights import read_weights
 from tests.serving.engines import heldout_windows
@@ -52,12 +51,12 @@ def test_scores_against_sums_written_out():
 
 
 @pytest.mark.slow
-def test_the_model_that_scores_is_the_one_that_was_trained():
+def test_the_model_that_scores_is_the_one_that_was_trained(tiny_model):
     # transformers by itself raises small steps of Mamba layers: 1.4e-3 off.
-    ids = torch.tensor(heldout_windows(MODEL, 64, 2))
+    ids = torch.tensor(heldout_windows(tiny_model, 64, 2))
     with torch.inference_mode():
-        expected = load_exported(MODEL, TinyConfig())(ids)
-        logits = dense_model(MODEL, read_weights(MODEL))(ids).logits
+        expected = load_exported(tiny_model, TinyConfig())(ids)
+        logits = dense_model(tiny_model, read_weights(tiny_model))(ids).logits
     assert (logits - expected).norm() < 1e-5 * expected.norm()
 
 

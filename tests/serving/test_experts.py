@@ -9,6 +9,7 @@ import torch
 
 from tests.checkpoints import write_int4
 from tests.moe_models import dequantized, write_nemotron_moe, write_qwen_moe
+from vllm_nanoquant.calibration.skeleton import lift_step_limits
 
 from .engines import PROMPTS, heldout_windows, job, run_engines
 
@@ -23,11 +24,18 @@ ENVIRONMENT = {
 }
 
 
-def logprobs_by_transformers(folder, windows):
-    """Of each token given those before it, by another implementation of the model, in float32."""
+def by_transformers(folder):
+    """Another implementation of the model, in float32."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lift_step_limits(model)
+    return model.eval()
+
+
+def logprobs_by_transformers(folder, windows):
+    """Of each token given those before it."""
+    model = by_transformers(folder)
     with torch.no_grad():
         for window in windows:
             ids = torch.tensor([window])
@@ -36,9 +44,9 @@ def logprobs_by_transformers(folder, windows):
 
 
 def continuations_by_transformers(folder, count):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = by_transformers(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     found = []
     for prompt in PROMPTS:
