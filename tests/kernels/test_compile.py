@@ -8,6 +8,7 @@ limits hold for Triton 3.6 to 3.9.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,29 @@ def test_every_kernel_compiles(
     if group_size == 128:
         code = machine_code.compile_arrange(variant)
         assert code.spilled_bytes == 0, f"arrange: {code.summary()}"
+
+
+def check_waits_first(code: MachineCode) -> None:
+    """The next kernel may start early only once this one has waited for the kernel before.
+
+    So whatever starts early can rely on all but its direct predecessor, as kernels that PyTorch
+    compiles for early starts do.
+    """
+    wait, launch = (
+        [found.start() for found in re.finditer(rf"griddepcontrol\.{what}", code.ptx)]
+        for what in ("wait", "launch_dependents")
+    )
+    assert len(wait) == len(launch) > 0, f"{wait}, {launch}: {code.summary()}"
+    ordered = all(each < after for each, after in zip(wait, launch, strict=True))
+    assert ordered, f"waits at {wait}, starts the next at {launch}: {code.summary()}"
+
+
+def test_the_next_kernel_starts_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant(90)
+    chosen = decode_settings(monkeypatch, 90, "out_proj", 128)
+    check_waits_first(compile_decode(chosen, 8, variant))
+    check_waits_first(compile_fused(fused_settings(monkeypatch, 90, 128)[0], variant))
+    check_waits_first(machine_code.compile_arrange(variant))
 
 
 @pytest.mark.parametrize("tokens", [8, 16])

@@ -18,6 +18,7 @@ from tests.kernels.test_compile import (
     SPILLED_BYTES,
     TENSOR_CORES,
     check_resources,
+    check_waits_first,
 )
 from vllm_nanoquant.kernels import moe_grouped, settings
 from vllm_nanoquant.kernels.moe_grouped import GroupedSettings
@@ -74,6 +75,16 @@ def test_grouped_on_sm86(monkeypatch: pytest.MonkeyPatch) -> None:
         code = machine_code_moe.compile_grouped(chosen, Variant(86))
         check_resources(code)
         assert code.counts["HMMA"] and not code.loop_spills, code.summary()
+
+
+def test_the_next_kernel_starts_after_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = Variant(HOPPER)
+    for one_token in (False, True):
+        for compiled in (compile_up, compile_down):
+            check_waits_first(compiled(variant, one_token=one_token))
+    check_waits_first(compile_plan(variant, PAIRS))
+    chosen = grouped_settings(monkeypatch, HOPPER)[0]
+    check_waits_first(machine_code_moe.compile_grouped(chosen, variant))
 
 
 def test_operands_stay_intact_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
