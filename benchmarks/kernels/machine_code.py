@@ -181,6 +181,7 @@ class Variant:
         group_offset: columns of the first group that lie before column 0.
         aligned: whether sizes are multiples of 16, as with the layers of real models, and x and
             the bias start at one. What the plugin allocates always does.
+        subnormal: whether the tensor cores are taken to keep subnormal bf16 numbers.
     """
 
     architecture: int
@@ -189,6 +190,7 @@ class Variant:
     has_bias: bool = False
     group_offset: int = 0
     aligned: bool = True
+    subnormal: bool = True
 
 
 def compile_decode(settings: DecodeSettings, tokens: int, variant: Variant) -> MachineCode:
@@ -206,7 +208,8 @@ def compile_decode(settings: DecodeSettings, tokens: int, variant: Variant) -> M
             "SPLIT": settings.split,
             "PREFETCH": launch.prefetch,
         },
-        {"num_warps": warps, "num_stages": 1},
+        {"num_warps": warps, "num_stages": 1}
+        | ({"maxnreg": launch.registers} if launch.registers else {}),
     )
     return replace(code, weights=warps * launch.tiles * TILE * CHUNK)
 
@@ -270,6 +273,7 @@ def compile_kernel(
         "PER_CHUNK": groups_per_chunk(variant.group_size),
         "GROUP_OFFSET": variant.group_offset,
         "HAS_BIAS": variant.has_bias,
+        "SUBNORMAL": variant.subnormal and variant.dtype == "bf16",
         "PDL": overlap,
     } | ({} if variant.has_bias else {"bias_ptr": None})
     constants = {**constants, **{name: common[name] for name in common if name in kernel.arg_names}}

@@ -10,6 +10,7 @@ import torch
 
 from tests.kernels.interpreter import guarded, guarded_empty
 from tests.kernels.problem import Problem, mean_relative_error, random_problem
+from vllm_nanoquant.kernels import decode as decode_module
 from vllm_nanoquant.kernels import prefill as prefill_module
 from vllm_nanoquant.kernels.decode import decode
 from vllm_nanoquant.kernels.fused import fused
@@ -108,6 +109,26 @@ def test_tiles_do_not_change_bits(at_end: bool) -> None:
     launches = [(2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 2), (4, 2, 1)]
     results = [decode(x, weight, None, decode_settings(2, 3, *each)) for each in launches]
     assert all(torch.equal(each, results[0]) for each in results)
+
+
+@pytest.mark.parametrize("shape", [(33, 65, 32, 5), (130, 259, 128, 1)])
+def test_bf16_where_tensor_cores_lose_subnormals(
+    shape: tuple[int, int, int, int], at_end: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_module, "keeps_subnormals", lambda device: False)
+    problem = random_problem(11, *shape, dtype=torch.bfloat16)
+    x, weight, bias = guard(problem, at_end)
+    y = decode(x, weight, bias, decode_settings(2, 2, 2, 1, 2))
+    assert mean_relative_error(y, problem.expected()) <= LIMIT[torch.bfloat16]
+
+
+@pytest.mark.parametrize("power", [-50, 50])
+def test_bf16_of_any_size(power: int, at_end: bool) -> None:
+    problem = random_problem(3, 40, 300, 128, dtype=torch.bfloat16)
+    x, weight, _ = guard(problem, at_end)
+    y = decode(x, weight, None)
+    scaled = decode(x * 2.0**power, weight, None)
+    assert torch.equal(scaled, y * 2.0**power)
 
 
 def test_a_row_of_nan_stays_in_its_row(at_end: bool) -> None:

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from vllm_nanoquant.kernels import decode as decode_module
-from vllm_nanoquant.kernels import fragments, weights
+from vllm_nanoquant.kernels import fragments, integers, weights
 from vllm_nanoquant.kernels import prefill as prefill_module
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -74,6 +74,13 @@ def plain_magic_pairs(words: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def plain_times_power(x: tl.tensor, plane: tl.constexpr) -> tl.tensor:
+    """What the inline assembly of the same name does, but for zeros (2^-63, 2^-67) and infinity."""
+    bits = x.to(tl.int16, bitcast=True).to(tl.int32) + (0x1E00 if plane % 2 == 1 else 0x2000)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def rounded_to_bf16(value: tl.tensor) -> tl.tensor:
     """Bits of fp32 rounded to bf16, ties to even."""
     bits = value.to(tl.int32, bitcast=True)
@@ -92,9 +99,16 @@ def plain_fma_pairs(a: tl.tensor, b: tl.tensor, c: tl.tensor) -> tl.tensor:
 
 @pytest.fixture(autouse=True)
 def no_inline_assembly(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fragments, decode_module, weights):
+    for module in (fragments, integers, weights):
         monkeypatch.setattr(module, "magic_pairs", plain_magic_pairs)
+    monkeypatch.setattr(integers, "times_power", plain_times_power)
     monkeypatch.setattr(weights, "fma_pairs", plain_fma_pairs)
+
+
+@pytest.fixture(autouse=True)
+def kept_subnormals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU whose tensor cores keep them; a CPU is not asked."""
+    monkeypatch.setattr(decode_module, "keeps_subnormals", lambda device: True)
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,11 @@ from vllm_nanoquant.quantize.minmax import quantize_minmax
 
 pytest.importorskip("triton")
 
+from vllm_nanoquant.kernels import decode as decode_module
 from vllm_nanoquant.kernels import prefill
 from vllm_nanoquant.kernels.decode import decode_kernel
 from vllm_nanoquant.kernels.fused import arrange_kernel, fused, fused_kernel
+from vllm_nanoquant.kernels.integers import keeps_subnormals
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,6 +95,28 @@ def test_accuracy(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_accuracy_of_odd_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     check_accuracy(shape, dtype, (1, 7, 16, 17, 100, 1100))
+
+
+def test_tensor_cores_keep_subnormals() -> None:
+    """On every GPU tried so far; where they do not, decode falls back to the other form."""
+    assert keeps_subnormals(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("shape", [(4480, 10240, 128, 0), (1000, 2049, 128, 77)])
+def test_both_forms_of_integers(
+    shape: tuple[int, int, int, int], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_module, "keeps_subnormals", lambda device: kept)
+    check_accuracy(shape, torch.bfloat16, (1, 8, 9, 16))
+
+
+@pytest.mark.parametrize("power", [-40, 40])
+def test_tokens_of_any_size(power: int) -> None:
+    """x is multiplied by 2^64 on its way into the tensor cores."""
+    x, weight, _ = cuda_problem(8, 4480, 10240).arguments()
+    expected = w4a16(x, weight) * 2.0**power
+    assert torch.equal(w4a16(x * 2.0**power, weight), expected)
 
 
 @pytest.mark.parametrize("tokens", [24, 64, 128, 512])

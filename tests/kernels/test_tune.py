@@ -56,6 +56,24 @@ def test_each_number_of_tokens_gets_its_own_launch() -> None:
     assert entry["up_to_8"]["tiles"] == entry["up_to_16"]["tiles"] == 4
 
 
+def test_registers_let_a_multiprocessor_hold_its_share() -> None:
+    """980 programs of 64 threads: 8 for some, which 128 registers allow and 144 do not."""
+    launches = tune.decode_launches(H200, 4480, (2, 7), {(2, 2): (104, 144)})
+    assert [each.registers for each in launches] == [128, 144]
+    # 22 programs of a warp each would leave 88 registers, too few.
+    launches = tune.decode_launches(H200, 22656, (1, 4), {(2, 2): (104, 144)})
+    assert [each.registers for each in launches] == [144]
+
+
+@pytest.mark.parametrize(("n", "chunks"), [(1, 1), (256, 4), (4480, 123), (131072, 35)])
+def test_there_is_a_candidate_for_any_shape(n: int, chunks: int) -> None:
+    cuts = tune.decode_candidates(H200, n, chunks)
+    assert cuts
+    for warps_k, split in cuts:
+        per_split = -(-chunks // (warps_k * split)) * warps_k
+        assert (split - 1) * per_split < chunks <= split * per_split
+
+
 @pytest.mark.parametrize("text", ["4096", "4096x", "4096x0", "axb", "1x2x3", ""])
 def test_a_wrong_shape_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):

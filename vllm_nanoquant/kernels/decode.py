@@ -32,11 +32,16 @@ from vllm_nanoquant.kernels.fragments import (
     high_half,
     load_chunk,
     low_half,
-    magic_bias,
-    magic_pairs,
     scale_offsets,
     scales_of_group,
     word_offsets,
+)
+from vllm_nanoquant.kernels.integers import (
+    integer_pairs,
+    keeps_subnormals,
+    matched,
+    values_of_sums,
+    zero_points,
 )
 from vllm_nanoquant.kernels.layout import RuntimeWeight, ceil_div
 from vllm_nanoquant.kernels.settings import DecodeSettings, decode_settings, launch_options
@@ -44,10 +49,14 @@ from vllm_nanoquant.kernels.settings import DecodeSettings, decode_settings, lau
 
 @triton.jit
 def weight_operand(
-    words: tl.tensor, plane: tl.constexpr, T: tl.constexpr, dtype: tl.constexpr
+    words: tl.tensor,
+    plane: tl.constexpr,
+    T: tl.constexpr,
+    dtype: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
 ) -> tl.tensor:
     """One nibble plane of words [T, 128] as the left operand [T, 16 rows, 16 columns]."""
-    pairs = magic_pairs(words >> (4 * plane), dtype)
+    pairs = integer_pairs(words, plane, dtype, SUBNORMAL)
     values = tl.join(low_half(pairs, dtype), high_half(pairs, dtype))
     # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2
     values = tl.reshape(values, (T, 8, 4, 2, 2, 2))
@@ -116,12 +125,14 @@ def add_run(
     TILES: tl.constexpr,
     W: tl.constexpr,
     M: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
 ) -> tl.tensor:
     """Add to dot [T, 16, M] the products of one of two runs of 32 columns of half a chunk."""
     dtype: tl.constexpr = x_0.dtype
-    operand = weight_operand(words, run * 2, TILES * W, dtype)
+    operand = weight_operand(words, run * 2, TILES * W, dtype, SUBNORMAL)
+    x_0, x_1 = matched(x_0, 0, SUBNORMAL), matched(x_1, 1, SUBNORMAL)
     dot = tl.dot(operand, for_each_tile(x_0, TILES, W, M), dot)
-    operand = weight_operand(words, run * 2 + 1, TILES * W, dtype)
+    operand = weight_operand(words, run * 2 + 1, TILES * W, dtype, SUBNORMAL)
     return tl.dot(operand, for_each_tile(x_1, TILES, W, M), dot)
 
 
@@ -134,11 +145,12 @@ def scaled(
     W: tl.constexpr,
     M: tl.constexpr,
     dtype: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
 ) -> tl.tensor:
     """Compute s * (dot + z * sum(x)) of a group: [T, 16, M]; words as `over_tokens` takes them."""
     group = over_tokens(group, TILES * W, M)
     scale = (group << 16).to(tl.float32, bitcast=True)
-    zero = (group & -65536).to(tl.float32, bitcast=True) - magic_bias(dtype)
+    zero = zero_points(group, dtype, SUBNORMAL)
     return scale * (dot + zero * for_each_tile(x_sum, TILES, W, M))
 
 
@@ -165,6 +177,7 @@ def decode_kernel(
     WARPS_K: tl.constexpr,
     SPLIT: tl.constexpr,
     PREFETCH: tl.constexpr,
+    SUBNORMAL: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Write y [tokens, N] = x [tokens, K] @ W.T + bias; tokens <= M = 8 or 16.
@@ -226,16 +239,16 @@ def decode_kernel(
             )
             x_0, x_1 = token_operands(x, W, M)
             words = words_0 if run < 2 else words_1
-            dot = add_run(dot, words, x_0, x_1, run % 2, TILES, W, M)
+            dot = add_run(dot, words, x_0, x_1, run % 2, TILES, W, M, SUBNORMAL)
             x_sum = tl.dot(ones, x_0, x_sum)
             x_sum = tl.dot(ones, x_1, x_sum)
             if (run + 1) * PER_CHUNK % 4 == 0:
                 group = scales_of_group(scales, run * PER_CHUNK // 4, T, PER_CHUNK)
-                y += scaled(group, dot, x_sum, TILES, W, M, dtype)
+                y += scaled(group, dot, x_sum, TILES, W, M, dtype, SUBNORMAL)
                 dot = tl.zeros((T, 16, M), tl.float32)
                 x_sum = tl.zeros((W, 16, M), tl.float32)
     # own tile, n, row, token
-    y = tl.sum(tl.reshape(y, (TILES, WARPS_N, WARPS_K, 16, M)), axis=2)
+    y = tl.sum(tl.reshape(values_of_sums(y, SUBNORMAL), (TILES, WARPS_N, WARPS_K, 16, M)), axis=2)
     own = tl.arange(0, TILES)[:, None, None, None]
     warp = tl.arange(0, WARPS_N)[None, :, None, None]
     row = ((pid_n * WARPS_N + warp) * TILES + own) * 16 + tl.arange(0, 16)[None, None, :, None]
@@ -308,6 +321,9 @@ def decode(
         WARPS_K=chosen.warps_k,
         SPLIT=chosen.split,
         PREFETCH=launch.prefetch,
-        **launch_options(x.device, launch.warps_n * chosen.warps_k, num_stages=1),
+        SUBNORMAL=x.dtype == torch.bfloat16 and keeps_subnormals(x.device),
+        **launch_options(
+            x.device, launch.warps_n * chosen.warps_k, num_stages=1, registers=launch.registers
+        ),
     )
     return y

@@ -12,6 +12,7 @@ import functools
 import json
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class DecodeLaunch:
     """Warps side by side along N."""
     prefetch: int
     """Chunks of 128 columns that a warp loads ahead: 1 or 2."""
+    registers: int = 0
+    """Most registers per thread, so that more programs run at once; 0: as the compiler likes."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,16 @@ def has_wgmma(device: torch.device) -> bool:
     return gpu_of(device).capability[0] == 9
 
 
-def launch_options(device: torch.device, num_warps: int, num_stages: int) -> dict[str, Any]:
-    """Triton's launch options, and the kernels' PDL argument.
+def launch_options(
+    device: torch.device, num_warps: int, num_stages: int, registers: int = 0
+) -> dict[str, Any]:
+    """Triton's launch options, and the kernels' PDL argument; `registers` as in `DecodeLaunch`.
 
     From SM90 on a kernel may start while the one before it ends (programmatic dependent launch).
     """
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "PDL": False}
+    if registers:
+        options["maxnreg"] = registers
     if gpu_of(device).capability[0] >= 9:
         options.update(PDL=True, launch_pdl=True)
     return options
@@ -151,40 +158,47 @@ def _decode_settings(gpu: Gpu, n: int, k: int, chunks: int) -> DecodeSettings:
 def decode_settings(weight: RuntimeWeight, device: torch.device) -> DecodeSettings:
     """Settings of `decode` for a weight: from the table, else by the rule."""
     chosen = _decode_settings(gpu_of(device), *weight.shape, weight.chunks)
-    if weight.group_size == 32 and chosen.up_to_16.tiles > 2:
-        # Four groups per chunk and 16 tokens: more tiles would not fit into the registers.
-        chosen = replace(chosen, up_to_16=replace(chosen.up_to_16, tiles=2))
-    return chosen
+    short, long = chosen.up_to_8, chosen.up_to_16
+    # The limits of registers were measured with groups of 128 in rows of whole 16 columns.
+    if any(side % 16 for side in weight.shape):
+        # Addresses of single numbers: all that a thread can have.
+        short, long = replace(short, registers=255), replace(long, registers=255)
+    elif weight.groups_per_chunk > 1:
+        short, long = replace(short, registers=0), replace(long, registers=0)
+    if weight.group_size == 32:
+        # Four groups per chunk and 16 tokens leave no registers for more.
+        long = replace(long, tiles=2, prefetch=1)
+    return replace(chosen, up_to_8=short, up_to_16=long)
+
+
+# What the registers of a multiprocessor hold: of warps that load two chunks ahead, and of others.
+FEW_WARPS, MANY_WARPS = 12, 16
+_FEW = DecodeLaunch(2, 1, 2, 144), DecodeLaunch(2, 1, 2, 168)
+_MANY = DecodeLaunch(2, 1, 1, 120), DecodeLaunch(4, 1, 1, 216)
 
 
 def decode_rule(gpu: Gpu, n: int, chunks: int) -> DecodeSettings:
     """Settings of `decode` for a shape that nobody measured.
 
-    About 15 warps per multiprocessor with two tiles each, or 11 with four, keep enough loads in
-    flight; K is split until there are that many, and no warp is left without a chunk.
+    10 to 12 warps per multiprocessor that load two chunks ahead are best, then up to 16 that load
+    one; all of them run at once. Of the cuts that give so many, the one whose warps have the fewest
+    steps to do, where adding up costs a sixteenth of a step per part. Where even uncut rows give
+    more warps, nothing is cut.
     """
-    wanted = 15 * gpu.multiprocessors
-    tiles = -(-n // 32)
-    short = DecodeLaunch(tiles=2, warps_n=1, prefetch=2)
-    tall = DecodeLaunch(tiles=4, warps_n=1, prefetch=1)
-    if 2 * tiles > wanted:
-        # So many rows that nothing need be shared along K: nothing to add up.
-        return DecodeSettings(1, 1, short, tall)
-    if 4 * tiles > wanted:
-        # Many rows: fewer, taller programs, so that x is read less often.
-        return DecodeSettings(min(4, _power_of_two(chunks)), 1, tall, short)
-    if 5 * tiles > wanted:
-        return DecodeSettings(min(4, _power_of_two(chunks)), 1, short, tall)
-    warps_k = min(2, _power_of_two(chunks))
-    split = min(wanted // (tiles * warps_k), 16, -(-chunks // warps_k))
-    # Whole chunks per warp: no more programs than needed for the same number of steps.
-    steps = -(-chunks // (warps_k * split))
-    split = -(-chunks // (warps_k * steps))
-    return DecodeSettings(warps_k, split, short, tall)
-
-
-def _power_of_two(most: int) -> int:
-    return 1 << (most.bit_length() - 1)
+    few: list[tuple[float, int, int, int]] = []
+    many: list[tuple[float, int, int, int]] = []
+    for warps_k, split in product((1, 2), range(1, 17)):
+        steps = -(-chunks // (warps_k * split))
+        if warps_k * split > chunks or (split - 1) * warps_k * steps >= chunks:
+            continue  # more programs than needed for as many steps
+        warps = -(-(-(-n // 32) * split) // gpu.multiprocessors) * warps_k
+        if warps <= MANY_WARPS:
+            group = few if warps <= FEW_WARPS else many
+            group.append((steps + split / 16, warps, warps_k, split))
+    best = min(few, default=None)
+    if best and (best[1] >= 10 or not many):
+        return DecodeSettings(*best[2:], *_FEW)
+    return DecodeSettings(*(min(many)[2:] if many else (1, 1)), *_MANY)
 
 
 _HOPPER_FUSED = (

@@ -33,6 +33,7 @@ from vllm_nanoquant.kernels.settings import (
     DecodeSettings,
     FusedSettings,
     Gpu,
+    decode_rule,
     gpu_of,
 )
 from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph
@@ -43,8 +44,15 @@ GROUP_SIZE = 128
 REPLAYS = 9
 # Numbers of tokens up to which one setting of `fused` serves.
 BUCKETS = (32, 64, 128, 256, 512, 768, 1024)
-SHORT = tuple(DecodeLaunch(*each) for each in ((2, 1, 2), (2, 1, 1), (4, 1, 1), (4, 2, 1)))
-LONG = tuple(DecodeLaunch(*each) for each in ((2, 1, 1), (4, 1, 1), (2, 1, 2), (2, 2, 1)))
+# (tiles, chunks ahead): registers per thread without which it spills, and those it has use for.
+SHORT = {(2, 2): (104, 144), (2, 1): (80, 120), (4, 1): (128, 184), (4, 2): (208, 248)}
+LONG = {(2, 1): (128, 152), (2, 2): (152, 168), (4, 1): (208, 216)}
+# 32-bit registers of a multiprocessor, SM80 to SM120.
+REGISTERS = 65536
+# Cuts are measured that leave no multiprocessor with more work than this times the mean.
+IMBALANCE = 1.22
+# Launches for up to 16 tokens are measured for cuts within this factor of the best up to 8.
+WORTH_MORE = 1.1
 # Rows, tokens, warps, stages, programs per multiprocessor, prefetch, halves.
 HOPPER = (
     (64, 32, 4, 4, 3),
@@ -65,13 +73,28 @@ TOLERANCE = 1e-2
 Measured = tuple[float, Any]
 
 
-def decode_candidates(gpu: Gpu, n: int, chunks: int) -> Iterator[tuple[int, int]]:
-    """Ways (warps_k, split) to cut K that put 6 to 20 warps of two tiles on a multiprocessor."""
+def decode_candidates(gpu: Gpu, n: int, chunks: int) -> list[tuple[int, int]]:
+    """Ways (warps_k, split) to cut K that share the work out evenly.
+
+    With two tiles per warp a multiprocessor gets 8 to 27 warps, more only where there are so many
+    rows, and none has much more than the mean to do. Where no cut is like that, as with a small
+    weight, the rule's.
+    """
+    found = list(even_cuts(gpu, n, chunks))
+    rule = decode_rule(gpu, n, chunks)
+    return found or [(rule.warps_k, rule.split)]
+
+
+def even_cuts(gpu: Gpu, n: int, chunks: int) -> Iterator[tuple[int, int]]:
+    """The cuts that `decode_candidates` is after."""
     tiles = math.ceil(n / 32)
-    for warps_k, split in product((1, 2, 4), range(1, 17)):
-        warps = tiles * warps_k * split / gpu.multiprocessors
-        few_rows = split == 1 and warps > 20
-        if warps_k * split <= chunks and (6 <= warps <= 20 or few_rows):
+    for warps_k, split in product((1, 2, 4), range(1, 25)):
+        steps = math.ceil(chunks / (warps_k * split))
+        if warps_k * split > chunks or (split - 1) * warps_k * steps >= chunks:
+            continue
+        warps = math.ceil(tiles * split / gpu.multiprocessors) * warps_k
+        even = warps * steps * gpu.multiprocessors <= IMBALANCE * tiles * chunks
+        if even and warps >= 8 and (warps <= 27 or split == 1):
             yield warps_k, split
 
 
@@ -84,13 +107,37 @@ def fused_candidates(gpu: Gpu, up_to: int) -> list[FusedSettings]:
     return [FusedSettings(up_to, *each) for each in suited]
 
 
+def share_registers(gpu: Gpu, programs: int, warps: int, least: int, most: int) -> int:
+    """Registers per thread with which a multiprocessor holds its share of the programs, no more.
+
+    A GPU does not deal programs out evenly where more fit, and some multiprocessors then have more
+    to do than others. `least` is what the kernel needs, `most` what it has use for. Where fewer
+    than its share fit, they run one after the other anyway, and `most` it is.
+    """
+    share = -(-programs // gpu.multiprocessors)
+    registers = REGISTERS // (32 * warps * share) // 8 * 8
+    return min(registers, most) if registers >= least else most
+
+
+def decode_launches(
+    gpu: Gpu, n: int, cut: tuple[int, int], kinds: dict[tuple[int, int], tuple[int, int]]
+) -> list[DecodeLaunch]:
+    """Ways to run a cut: each kind with registers for a multiprocessor's share, and with `most`."""
+    launches = []
+    for (tiles, prefetch), (least, most) in kinds.items():
+        programs = math.ceil(n / (16 * tiles)) * cut[1]
+        share = share_registers(gpu, programs, cut[0], least, most)
+        launches += [DecodeLaunch(tiles, 1, prefetch, each) for each in sorted({share, most})]
+    return launches
+
+
 def decode_pairs(gpu: Gpu, n: int, chunks: int) -> list[tuple[int, DecodeSettings]]:
     """Every candidate for up to 8 tokens (8, settings), and for up to 16 (16, settings)."""
     return [
         (tokens, DecodeSettings(*cut, launch, launch))
         for cut in decode_candidates(gpu, n, chunks)
-        for tokens, launches in ((8, SHORT), (16, LONG))
-        for launch in launches
+        for tokens, kinds in ((8, SHORT), (16, LONG))
+        for launch in decode_launches(gpu, n, cut, kinds)
     ]
 
 
@@ -155,25 +202,27 @@ def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
     """
     from vllm_nanoquant.kernels.decode import decode
 
-    def best(tokens: tuple[int, ...], cut: tuple[int, int], launch: DecodeLaunch) -> float:
+    def time_of(tokens: int, cut: tuple[int, int], launch: DecodeLaunch) -> float:
         settings = DecodeSettings(*cut, launch, launch)
-        times = [
-            shape.measure(each, lambda x, w: decode(x, w, None, settings), f"decode {settings}")
-            for each in tokens
-        ]
-        return math.prod(times)
+        return shape.measure(
+            tokens, lambda x, w: decode(x, w, None, settings), f"decode {settings}"
+        )
 
-    found: list[tuple[float, dict[str, Any]]] = []
+    short: dict[tuple[int, int], tuple[float, DecodeLaunch]] = {}
     for cut in decode_candidates(gpu, n, chunks):
-        short = min(((best((1, 8), cut, each), index) for index, each in enumerate(SHORT)))
-        long = min(((best((16,), cut, each), index) for index, each in enumerate(LONG)))
-        entry = {
-            "warps_k": cut[0],
-            "split": cut[1],
-            "up_to_8": asdict(SHORT[short[1]]),
-            "up_to_16": asdict(LONG[long[1]]),
-        }
-        found.append((short[0] ** 2 * long[0], entry))
+        launches = decode_launches(gpu, n, cut, SHORT)
+        times = [(time_of(1, cut, each) * time_of(8, cut, each), each) for each in launches]
+        short[cut] = min(times, key=lambda each: each[0])
+    limit = min(time for time, _ in short.values()) * WORTH_MORE**2
+    found: list[tuple[float, dict[str, Any]]] = []
+    for cut, (time, launch) in short.items():
+        if time <= limit:
+            launches = decode_launches(gpu, n, cut, LONG)
+            times = [(time_of(16, cut, each), each) for each in launches]
+            long = min(times, key=lambda each: each[0])
+            launched = {"up_to_8": asdict(launch), "up_to_16": asdict(long[1])}
+            entry = {"warps_k": cut[0], "split": cut[1], **launched}
+            found.append((time**2 * long[0], entry))
     return min(found, key=lambda each: each[0])[1]
 
 
