@@ -24,6 +24,21 @@ SEED = 0
 STANDARD_DEVIATION = 0.02
 # How often the contestants follow one another where a call takes more than LONG_CALL_US.
 TURNS_OF_LONG_CALLS = 3
+# The read floor is what few tokens are compared with: it is timed after each number up to this.
+FLOOR_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time in which the packed integers can be read.
+
+    Attributes:
+        calls: one read per copy.
+        found: their times so far.
+    """
+
+    calls: list[Call]
+    found: list[Times]
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,7 @@ class Bench:
 
     def measure(self, layer: Layer) -> None:
         """Measure every contestant at every number of tokens, and free the memory again."""
-        if self.with_floor:
-            self._measure_floor(layer)
+        floor = self._prepare_floor(layer) if self.with_floor else None
         random = torch.Generator(self.device).manual_seed(SEED)
         prepared = self._prepare(layer, random)
         for tokens in filter(layer.takes, self.tokens):
@@ -62,8 +76,12 @@ class Bench:
             )
             wanted = [each for each in prepared if each[0].is_measured_at(tokens)]
             self._measure_in_turns(layer, wanted, x)
+            if floor and tokens <= FLOOR_TOKENS:
+                floor.found.append(self.timer(floor.calls, self.replays))
+        if floor:
+            self.report.measured(layer, None, FLOOR, None, together(floor.found), None)
         self._note_gaps(layer, [peer for peer, _ in prepared])
-        del prepared
+        del prepared, floor
         gc.collect()
         self._free()
 
@@ -90,18 +108,23 @@ class Bench:
     ) -> None:
         """One figure per contestant, or the reason why there is none; x is bf16 [M, K].
 
-        Long calls heat the GPU and its clock drifts, so those are timed in several turns.
+        Long calls heat the GPU and its clock drifts, so those are timed in several turns. All are
+        checked before any is timed: the products in fp64 heat it too.
         """
-        times: dict[str, list[Times]] = {peer.name: [] for peer, _ in prepared}
+        times: dict[str, list[Times]] = {}
         errors: dict[str, float] = {}
+        for peer, copies in prepared:
+            try:
+                errors[peer.name] = _checked_error(copies[0], x, layer.n)
+                times[peer.name] = []
+            except Exception as failure:
+                self.report.refuse(layer, peer.name, _as_refusal(failure), x.shape[0])
         for turn in range(TURNS_OF_LONG_CALLS):
             for peer, copies in prepared:
                 found = times.get(peer.name)
                 if found is None or (turn and found[0].median <= LONG_CALL_US):
                     continue
                 try:
-                    if turn == 0:
-                        errors[peer.name] = _checked_error(copies[0], x, layer.n)
                     found.append(self.timer([_call(weight, x) for weight in copies], self.replays))
                 except Exception as failure:
                     del times[peer.name]
@@ -112,20 +135,22 @@ class Bench:
                 figure = together(times[peer.name])
                 self.report.measured(layer, x.shape[0], peer.name, size, figure, errors[peer.name])
 
-    def _measure_floor(self, layer: Layer) -> None:
-        """The least time in which the packed integers can be read."""
+    def _prepare_floor(self, layer: Layer) -> Floor | None:
+        """The fastest way to read the packed integers, timed once; None where none runs."""
+        floors = []
         try:
-            found = []
             for words in packed_words(layer.n, layer.k, self.device):
                 words.check()
                 copies = [words.copy() for _ in range(copies_needed(words.nbytes))]
-                found.append(self.timer([each.read for each in copies], self.replays))
+                calls = [each.read for each in copies]
+                floors.append(Floor(calls, [self.timer(calls, self.replays)]))
         except Exception as error:
             self.report.refuse(layer, FLOOR, _as_refusal(error))
-        else:
-            fastest = min(found, key=lambda times: times.median)
-            self.report.measured(layer, None, FLOOR, None, fastest, None)
+            return None
+        fastest = min(floors, key=lambda floor: floor.found[0].median)
+        del floors
         self._free()
+        return fastest
 
     def _note_gaps(self, layer: Layer, peers: Sequence[Peer]) -> None:
         """Record the figures that were never wanted."""

@@ -7,10 +7,11 @@ Method: for each contestant and layer, enough copies of the weight that one roun
 at least 256 MiB (no cache holds that); a CUDA graph that makes one call per copy; the median of
 its timed replays divided by the number of copies, and the least and the greatest beside it. For
 each number of tokens the contestants follow one another in one process, in several turns where
-calls are long, because the GPU's clock drifts with its heat. Beside each time stands
-the error against the fp64 product of the contestant's own dequantized weights, mean
-|y - expected| / mean |expected|, taken in memory that was full of NaN before. Memory is freed
-between layers, and the result file is written after each.
+calls are long, because the GPU's clock drifts with its heat. The read floor is timed first and
+after each number of tokens up to 16; the median of these counts. Beside each time stands the error
+against the fp64 product of the contestant's own dequantized weights, mean |y - expected| / mean
+|expected|, taken in memory that was full of NaN before. Memory is freed between layers, and the
+result file is written after each.
 
 A contestant that cannot run is refused with a reason, which is printed and kept. The status is 1
 if that happened to ours.
@@ -87,7 +88,7 @@ def describe_problem(options: Options) -> dict[str, object]:
         "seed": SEED,
         "error": "mean |y - expected| / mean |expected|, expected in fp64 of what was packed",
         "read_floor": "reads the packed integers alone, 16 bytes a load, in the fastest of a few "
-        "block sizes",
+        "block sizes, after the contestants of each number of tokens up to 16",
     }
 
 

@@ -183,17 +183,43 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert output.read_text() == "before"
 
 
-def test_the_read_floor_is_measured_once_per_layer(monkeypatch):
+def test_the_read_floor_is_timed_after_each_few_tokens(monkeypatch):
     words = dataclasses.make_dataclass("Words", ["nbytes"])
     words.check = words.read = lambda self: torch.zeros(1)
     words.copy = lambda self: self
-    slow_first = [timing.Times(us, us, us) for us in (9.0, 5.0, 7.0)]
+    # Three ways to read, then the fastest after 1, 4 and 16 tokens.
+    each = [timing.Times(us, us, us) for us in (9.0, 5.0, 7.0, 5.5, 5.4, 5.6)]
     monkeypatch.setattr("benchmarks.kernels.measure.packed_words", lambda *_: [words(1000)] * 3)
 
-    report = measure([], timer=lambda *_: slow_first.pop(0), names=("read_floor",))
+    report = measure([], timer=lambda *_: each.pop(0), tokens=(1, 4, 16, 17), names=("read_floor",))
 
     (floor,) = report.results
-    assert (floor.peer, floor.tokens, floor.us, floor.error) == ("read_floor", None, 5.0, None)
+    assert (floor.peer, floor.tokens, floor.error) == ("read_floor", None, None)
+    assert (floor.us, floor.us_least, floor.us_greatest) == (5.45, 5.0, 5.6)
+    assert not each
+
+
+def test_all_are_checked_before_any_is_timed():
+    """Products in fp64 heat the GPU."""
+    done = []
+
+    class Recorder(FakeTimer):
+        def __call__(self, calls, replays):
+            done.append("timed")
+            return super().__call__(calls, replays)
+
+    def checked(name):
+        def prepare(dense, group_size):
+            weight = load("bf16").prepare(dense, group_size)
+            exact = weight.exact
+            object.__setattr__(weight, "exact", lambda: done.append("checked") or exact())
+            return weight
+
+        return Peer(name, prepare)
+
+    measure([checked("one"), checked("two")], timer=Recorder(), tokens=(1,))
+
+    assert done == ["checked", "checked", "timed", "timed"]
 
 
 def test_defaults_and_quick():
