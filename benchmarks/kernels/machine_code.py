@@ -25,11 +25,9 @@ from triton.compiler import ASTSource
 
 from vllm_nanoquant.kernels import decode, fused, prefill, search
 from vllm_nanoquant.kernels.layout import CHUNK, TILE, groups_per_chunk
-from vllm_nanoquant.kernels.settings import DecodeSettings, FusedSettings
+from vllm_nanoquant.kernels.settings import REGISTERS, DecodeSettings, FusedSettings
 
 LANES = 32
-REGISTERS = 65536
-"""Registers of 32 bits of a multiprocessor, from SM80 to SM120."""
 RESERVED_SHARED_BYTES = 1024
 """What the driver takes of a multiprocessor's shared memory for each program that runs."""
 TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA")
@@ -208,8 +206,7 @@ def compile_decode(settings: DecodeSettings, tokens: int, variant: Variant) -> M
             "SPLIT": settings.split,
             "PREFETCH": launch.prefetch,
         },
-        {"num_warps": warps, "num_stages": 1}
-        | ({"maxnreg": launch.registers} if launch.registers else {}),
+        {"num_warps": warps, "num_stages": 1, **launch.limits},
     )
     return replace(code, weights=warps * launch.tiles * TILE * CHUNK)
 

@@ -29,7 +29,6 @@ from benchmarks.kernels.machine_code import (  # noqa: E402
     overwritten_operands,
 )
 from vllm_nanoquant.kernels import settings  # noqa: E402
-from vllm_nanoquant.kernels.layout import groups_per_chunk  # noqa: E402
 from vllm_nanoquant.kernels.settings import (  # noqa: E402
     FEW_WARPS,
     MANY_WARPS,
@@ -66,12 +65,7 @@ Weight = Any
 def weight(layer: str, group_size: int) -> Weight:
     """What settings look at of a layer's weight."""
     n, k = LAYERS[layer].n, LAYERS[layer].k
-    return SimpleNamespace(
-        shape=(n, k),
-        chunks=-(-k // 128),
-        group_size=group_size,
-        groups_per_chunk=groups_per_chunk(group_size),
-    )
+    return SimpleNamespace(shape=(n, k), chunks=-(-k // 128), group_size=group_size)
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, architecture: int) -> torch.device:

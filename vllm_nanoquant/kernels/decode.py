@@ -322,8 +322,7 @@ def decode(
         SPLIT=chosen.split,
         PREFETCH=launch.prefetch,
         SUBNORMAL=x.dtype == torch.bfloat16 and keeps_subnormals(x.device),
-        **launch_options(
-            x.device, launch.warps_n * chosen.warps_k, num_stages=1, registers=launch.registers
-        ),
+        **launch_options(x.device, launch.warps_n * chosen.warps_k, num_stages=1),
+        **launch.limits,
     )
     return y

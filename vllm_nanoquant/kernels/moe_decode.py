@@ -128,12 +128,12 @@ def expert_product(
             column = chunk * 128 + run * 32 + warp_column
             x_0, x_1 = token_operands(load_rows(x_ptr, row, exists, column, k, GROUP_OFFSET), W, 8)
             words = words_0 if run < 2 else words_1
-            dot = add_run(dot, words, x_0, x_1, run % 2, TILES, W, 8, False)
+            dot = add_run(dot, words, x_0, x_1, run % 2, TILES, W, 8, SUBNORMAL=False)
             x_sum = tl.dot(ones, x_0, x_sum)
             x_sum = tl.dot(ones, x_1, x_sum)
             if (run + 1) * PER_CHUNK % 4 == 0:
                 group = scales_of_group(scales, run * PER_CHUNK // 4, T, PER_CHUNK)
-                y += scaled(group, dot, x_sum, TILES, W, 8, dtype, False)
+                y += scaled(group, dot, x_sum, TILES, W, 8, dtype, SUBNORMAL=False)
                 dot = tl.zeros((T, 16, 8), tl.float32)
                 x_sum = tl.zeros((W, 16, 8), tl.float32)
     # tile, warp, row, pair

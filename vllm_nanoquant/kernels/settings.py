@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import product
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_nanoquant.kernels.layout import RuntimeWeight
+from vllm_nanoquant.kernels.layout import RuntimeWeight, groups_per_chunk
 
+REGISTERS = 65536
+"""32-bit registers of a multiprocessor, SM80 to SM120."""
 FUSED_LIMIT = 1024
 """Most tokens of one fused product; the counters of a weight suffice for these."""
 
@@ -35,6 +38,11 @@ class DecodeLaunch:
     """Chunks of 128 columns that a warp loads ahead: 1 or 2."""
     registers: int = 0
     """Most registers per thread, so that more programs run at once; 0: as the compiler likes."""
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Triton's option for the registers."""
+        return {"maxnreg": self.registers} if self.registers else {}
 
 
 @dataclass(frozen=True)
@@ -113,16 +121,12 @@ def has_wgmma(device: torch.device) -> bool:
     return gpu_of(device).capability[0] == 9
 
 
-def launch_options(
-    device: torch.device, num_warps: int, num_stages: int, registers: int = 0
-) -> dict[str, Any]:
-    """Triton's launch options, and the kernels' PDL argument; `registers` as in `DecodeLaunch`.
+def launch_options(device: torch.device, num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Triton's launch options, and the kernels' PDL argument.
 
     From SM90 on a kernel may start while the one before it ends (programmatic dependent launch).
     """
     options: dict[str, Any] = {"num_warps": num_warps, "num_stages": num_stages, "PDL": False}
-    if registers:
-        options["maxnreg"] = registers
     if gpu_of(device).capability[0] >= 9:
         options.update(PDL=True, launch_pdl=True)
     return options
@@ -157,18 +161,49 @@ def _decode_settings(gpu: Gpu, n: int, k: int, chunks: int) -> DecodeSettings:
 
 def decode_settings(weight: RuntimeWeight, device: torch.device) -> DecodeSettings:
     """Settings of `decode` for a weight: from the table, else by the rule."""
-    chosen = _decode_settings(gpu_of(device), *weight.shape, weight.chunks)
+    return _fitted_settings(gpu_of(device), *weight.shape, weight.chunks, weight.group_size)
+
+
+@functools.cache
+def _fitted_settings(gpu: Gpu, n: int, k: int, chunks: int, group_size: int) -> DecodeSettings:
+    """Settings with registers for the group size and the alignment."""
+    chosen = _decode_settings(gpu, n, k, chunks)
     short, long = chosen.up_to_8, chosen.up_to_16
     # The limits of registers were measured with groups of 128 in rows of whole 16 columns.
-    if any(side % 16 for side in weight.shape):
+    if n % 16 or k % 16:
         # Addresses of single numbers: all that a thread can have.
         short, long = replace(short, registers=255), replace(long, registers=255)
-    elif weight.groups_per_chunk > 1:
+    elif groups_per_chunk(group_size) > 1:
         short, long = replace(short, registers=0), replace(long, registers=0)
-    if weight.group_size == 32:
+    if group_size == 32:
         # Four groups per chunk and 16 tokens leave no registers for more.
         long = replace(long, tiles=2, prefetch=1)
     return replace(chosen, up_to_8=short, up_to_16=long)
+
+
+class Cut(NamedTuple):
+    """A way to cut K, and what it comes to with two tiles per warp."""
+
+    warps_k: int
+    """Warps of a program that take turns along K."""
+    split: int
+    """Programs that share a row of tiles."""
+    steps: int
+    """Chunks of each warp, at most."""
+    warps: int
+    """Warps per multiprocessor, at most."""
+
+
+def cuts(
+    gpu: Gpu, n: int, chunks: int, warps_per_program: Iterable[int], most_parts: int
+) -> Iterator[Cut]:
+    """Ways to cut K into at most so many programs, none without work."""
+    tiles = -(-n // 32)
+    for warps_k, split in product(warps_per_program, range(1, most_parts + 1)):
+        steps = -(-chunks // (warps_k * split))
+        if warps_k * split <= chunks and (split - 1) * warps_k * steps < chunks:
+            warps = -(-tiles * split // gpu.multiprocessors) * warps_k
+            yield Cut(warps_k, split, steps, warps)
 
 
 # What the registers of a multiprocessor hold: of warps that load two chunks ahead, and of others.
@@ -185,20 +220,19 @@ def decode_rule(gpu: Gpu, n: int, chunks: int) -> DecodeSettings:
     steps to do, where adding up costs a sixteenth of a step per part. Where even uncut rows give
     more warps, nothing is cut.
     """
-    few: list[tuple[float, int, int, int]] = []
-    many: list[tuple[float, int, int, int]] = []
-    for warps_k, split in product((1, 2), range(1, 17)):
-        steps = -(-chunks // (warps_k * split))
-        if warps_k * split > chunks or (split - 1) * warps_k * steps >= chunks:
-            continue  # more programs than needed for as many steps
-        warps = -(-(-(-n // 32) * split) // gpu.multiprocessors) * warps_k
-        if warps <= MANY_WARPS:
-            group = few if warps <= FEW_WARPS else many
-            group.append((steps + split / 16, warps, warps_k, split))
-    best = min(few, default=None)
-    if best and (best[1] >= 10 or not many):
-        return DecodeSettings(*best[2:], *_FEW)
-    return DecodeSettings(*(min(many)[2:] if many else (1, 1)), *_MANY)
+
+    def cost(cut: Cut) -> tuple[float, int, int]:
+        return cut.steps + cut.split / 16, cut.warps, cut.warps_k
+
+    found = list(cuts(gpu, n, chunks, warps_per_program=(1, 2), most_parts=16))
+    few = min((each for each in found if each.warps <= FEW_WARPS), key=cost, default=None)
+    many = [each for each in found if FEW_WARPS < each.warps <= MANY_WARPS]
+    if few and (few.warps >= 10 or not many):
+        return DecodeSettings(few.warps_k, few.split, *_FEW)
+    if many:
+        best = min(many, key=cost)
+        return DecodeSettings(best.warps_k, best.split, *_MANY)
+    return DecodeSettings(1, 1, *_MANY)
 
 
 _HOPPER_FUSED = (

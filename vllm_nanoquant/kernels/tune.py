@@ -16,10 +16,9 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,12 @@ from tqdm import tqdm
 from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
+    REGISTERS,
     DecodeLaunch,
     DecodeSettings,
     FusedSettings,
     Gpu,
+    cuts,
     decode_rule,
     gpu_of,
 )
@@ -47,8 +48,6 @@ BUCKETS = (32, 64, 128, 256, 512, 768, 1024)
 # (tiles, chunks ahead): registers per thread without which it spills, and those it has use for.
 SHORT = {(2, 2): (104, 144), (2, 1): (80, 120), (4, 1): (128, 184), (4, 2): (208, 248)}
 LONG = {(2, 1): (128, 152), (2, 2): (152, 168), (4, 1): (208, 216)}
-# 32-bit registers of a multiprocessor, SM80 to SM120.
-REGISTERS = 65536
 # Cuts are measured that leave no multiprocessor with more work than this times the mean.
 IMBALANCE = 1.22
 # Launches for up to 16 tokens are measured for cuts within this factor of the best up to 8.
@@ -71,6 +70,7 @@ PREFERENCE = 1.03
 TOLERANCE = 1e-2
 
 Measured = tuple[float, Any]
+Kinds = dict[tuple[int, int], tuple[int, int]]
 
 
 def decode_candidates(gpu: Gpu, n: int, chunks: int) -> list[tuple[int, int]]:
@@ -80,22 +80,16 @@ def decode_candidates(gpu: Gpu, n: int, chunks: int) -> list[tuple[int, int]]:
     rows, and none has much more than the mean to do. Where no cut is like that, as with a small
     weight, the rule's.
     """
-    found = list(even_cuts(gpu, n, chunks))
+    work = IMBALANCE * math.ceil(n / 32) * chunks
+    found = [
+        (each.warps_k, each.split)
+        for each in cuts(gpu, n, chunks, warps_per_program=(1, 2, 4), most_parts=24)
+        if each.warps * each.steps * gpu.multiprocessors <= work
+        and each.warps >= 8
+        and (each.warps <= 27 or each.split == 1)
+    ]
     rule = decode_rule(gpu, n, chunks)
     return found or [(rule.warps_k, rule.split)]
-
-
-def even_cuts(gpu: Gpu, n: int, chunks: int) -> Iterator[tuple[int, int]]:
-    """The cuts that `decode_candidates` is after."""
-    tiles = math.ceil(n / 32)
-    for warps_k, split in product((1, 2, 4), range(1, 25)):
-        steps = math.ceil(chunks / (warps_k * split))
-        if warps_k * split > chunks or (split - 1) * warps_k * steps >= chunks:
-            continue
-        warps = math.ceil(tiles * split / gpu.multiprocessors) * warps_k
-        even = warps * steps * gpu.multiprocessors <= IMBALANCE * tiles * chunks
-        if even and warps >= 8 and (warps <= 27 or split == 1):
-            yield warps_k, split
 
 
 def fused_candidates(gpu: Gpu, up_to: int) -> list[FusedSettings]:
@@ -119,9 +113,7 @@ def share_registers(gpu: Gpu, programs: int, warps: int, least: int, most: int) 
     return min(registers, most) if registers >= least else most
 
 
-def decode_launches(
-    gpu: Gpu, n: int, cut: tuple[int, int], kinds: dict[tuple[int, int], tuple[int, int]]
-) -> list[DecodeLaunch]:
+def decode_launches(gpu: Gpu, n: int, cut: tuple[int, int], kinds: Kinds) -> list[DecodeLaunch]:
     """Ways to run a cut: each kind with registers for a multiprocessor's share, and with `most`."""
     launches = []
     for (tiles, prefetch), (least, most) in kinds.items():
@@ -202,27 +194,26 @@ def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
     """
     from vllm_nanoquant.kernels.decode import decode
 
-    def time_of(tokens: int, cut: tuple[int, int], launch: DecodeLaunch) -> float:
-        settings = DecodeSettings(*cut, launch, launch)
-        return shape.measure(
-            tokens, lambda x, w: decode(x, w, None, settings), f"decode {settings}"
-        )
+    def best(
+        tokens: tuple[int, ...], cut: tuple[int, int], kinds: Kinds
+    ) -> tuple[float, DecodeLaunch]:
+        times = []
+        for launch in decode_launches(gpu, n, cut, kinds):
+            settings = DecodeSettings(*cut, launch, launch)
+            run = lambda x, w, s=settings: decode(x, w, None, s)  # noqa: E731
+            each = [shape.measure(number, run, f"decode {settings}") for number in tokens]
+            times.append((math.prod(each), launch))
+        return min(times, key=lambda each: each[0])
 
-    short: dict[tuple[int, int], tuple[float, DecodeLaunch]] = {}
-    for cut in decode_candidates(gpu, n, chunks):
-        launches = decode_launches(gpu, n, cut, SHORT)
-        times = [(time_of(1, cut, each) * time_of(8, cut, each), each) for each in launches]
-        short[cut] = min(times, key=lambda each: each[0])
+    short = {cut: best((1, 8), cut, SHORT) for cut in decode_candidates(gpu, n, chunks)}
     limit = min(time for time, _ in short.values()) * WORTH_MORE**2
     found: list[tuple[float, dict[str, Any]]] = []
     for cut, (time, launch) in short.items():
         if time <= limit:
-            launches = decode_launches(gpu, n, cut, LONG)
-            times = [(time_of(16, cut, each), each) for each in launches]
-            long = min(times, key=lambda each: each[0])
-            launched = {"up_to_8": asdict(launch), "up_to_16": asdict(long[1])}
-            entry = {"warps_k": cut[0], "split": cut[1], **launched}
-            found.append((time**2 * long[0], entry))
+            time_16, launch_16 = best((16,), cut, LONG)
+            launches = {"up_to_8": asdict(launch), "up_to_16": asdict(launch_16)}
+            entry = {"warps_k": cut[0], "split": cut[1], **launches}
+            found.append((time**2 * time_16, entry))
     return min(found, key=lambda each: each[0])[1]
 
 
