@@ -225,7 +225,7 @@ def compile_fused(settings: FusedSettings, variant: Variant) -> MachineCode:
             "WGMMA": hopper,
             "HALVES": settings.halves,
         },
-        {"num_warps": settings.warps, "num_stages": settings.stages},
+        {"num_warps": settings.warps, "num_stages": settings.stages, **settings.limits},
     )
     return replace(code, weights=settings.rows * CHUNK)
 

@@ -4,9 +4,10 @@
     python benchmarks/kernels/run.py --output benchmarks/kernels/results/h200.json
 
 Method: for each contestant and layer, enough copies of the weight that one round over them reads
-at least 256 MiB (no cache holds that); a CUDA graph that makes one call per copy; the median of
-its timed replays divided by the number of copies, and the least and the greatest beside it. For
-each number of tokens the contestants follow one another in one process, in several turns where
+at least 256 MiB (no cache holds that); a CUDA graph that makes one call per copy, round after
+round until it takes a millisecond; after 10 ms of replays, which bring the GPU to its pace, the
+median of the timed ones divided by the number of calls, and the least and the greatest beside it.
+For each number of tokens the contestants follow one another in one process, in several turns where
 calls are long, because the GPU's clock drifts with its heat. The read floor is timed first and
 after each number of tokens up to 16; the median of these counts. Beside each time stands the error
 against the fp64 product of the contestant's own dequantized weights, mean |y - expected| / mean
@@ -36,9 +37,11 @@ from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
 from benchmarks.kernels.peers.base import Peer  # noqa: E402
 from benchmarks.kernels.report import Report, describe_device, versions  # noqa: E402
 from vllm_nanoquant.kernels.timing import (  # noqa: E402
+    GRAPH_US,
     LONG_CALL_REPLAYS,
     LONG_CALL_US,
     ROTATED_BYTES,
+    WARM_UP_US,
     Timer,
     time_in_graph,
 )
@@ -81,6 +84,8 @@ def describe_problem(options: Options) -> dict[str, object]:
         "group_size": options.group_size,
         "tokens": options.tokens,
         "rotated_bytes": ROTATED_BYTES,
+        "graph_us": GRAPH_US,
+        "warm_up_us": WARM_UP_US,
         "replays": options.replays,
         "replays_of_long_calls": min(options.replays, LONG_CALL_REPLAYS),
         "turns_of_long_calls": TURNS_OF_LONG_CALLS,

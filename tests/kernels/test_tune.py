@@ -65,6 +65,12 @@ def test_registers_let_a_multiprocessor_hold_its_share() -> None:
     assert [each.registers for each in launches] == [144]
 
 
+def test_registers_are_counted_by_quarters_of_a_multiprocessor() -> None:
+    """14 warps: 4 for two of the quarters, which 128 registers allow, not 65536 / (32 * 14)."""
+    launches = tune.decode_launches(H200, 4480, (1, 13), {(2, 2): (104, 144)})
+    assert [each.registers for each in launches] == [128, 144]
+
+
 @pytest.mark.parametrize(("n", "chunks"), [(1, 1), (256, 4), (4480, 123), (131072, 35)])
 def test_there_is_a_candidate_for_any_shape(n: int, chunks: int) -> None:
     cuts = tune.decode_candidates(H200, n, chunks)

@@ -327,5 +327,6 @@ def fused(
         WGMMA=has_wgmma(device),
         HALVES=chosen.halves,
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
+        **chosen.limits,
     )
     return y

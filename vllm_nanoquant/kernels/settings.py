@@ -26,6 +26,11 @@ FUSED_LIMIT = 1024
 """Most tokens of one fused product; the counters of a weight suffice for these."""
 
 
+def limit_registers(registers: int) -> dict[str, int]:
+    """Triton's option for the most registers per thread; 0: as the compiler likes."""
+    return {"maxnreg": registers} if registers else {}
+
+
 @dataclass(frozen=True)
 class DecodeLaunch:
     """How `decode` runs up to 8, or up to 16, tokens; bits do not depend on it."""
@@ -42,7 +47,7 @@ class DecodeLaunch:
     @property
     def limits(self) -> dict[str, int]:
         """Triton's option for the registers."""
-        return {"maxnreg": self.registers} if self.registers else {}
+        return limit_registers(self.registers)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,13 @@ class FusedSettings:
     """Words come straight into registers, not through shared memory."""
     halves: bool = True
     """Two products per chunk, not one: half is unpacked while the other half is multiplied."""
+    registers: int = 0
+    """Most registers per thread, so that more programs run at once; 0: as the compiler likes."""
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Triton's option for the registers."""
+        return limit_registers(self.registers)
 
     def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
         """Number of equal runs that the work is cut into.

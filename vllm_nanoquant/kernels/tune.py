@@ -52,13 +52,15 @@ LONG = {(2, 1): (128, 152), (2, 2): (152, 168), (4, 1): (208, 216)}
 IMBALANCE = 1.22
 # Launches for up to 16 tokens are measured for cuts within this factor of the best up to 8.
 WORTH_MORE = 1.1
-# Rows, tokens, warps, stages, programs per multiprocessor, prefetch, halves.
+# Rows, tokens, warps, stages, programs per multiprocessor, prefetch, halves, registers.
 HOPPER = (
     (64, 32, 4, 4, 3),
     (128, 32, 4, 3, 2, False, False),
     (64, 64, 4, 3, 3),
     (128, 64, 4, 3, 2),
+    (128, 64, 8, 3, 2, True, True, 128),
     (64, 128, 4, 3, 2),
+    (64, 128, 4, 2, 3, False, True, 168),
     (64, 128, 4, 4, 1),
     (128, 128, 8, 3, 1),
     (128, 256, 8, 3, 1, True),
@@ -109,7 +111,9 @@ def share_registers(gpu: Gpu, programs: int, warps: int, least: int, most: int) 
     than its share fit, they run one after the other anyway, and `most` it is.
     """
     share = -(-programs // gpu.multiprocessors)
-    registers = REGISTERS // (32 * warps * share) // 8 * 8
+    # Each quarter of a multiprocessor has a quarter of the registers for its own warps.
+    warps_per_quarter = -(-share * warps // 4)
+    registers = REGISTERS // (32 * 4 * warps_per_quarter) // 8 * 8
     return min(registers, most) if registers >= least else most
 
 

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How replays of a CUDA graph become figures; the graph is a fake."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+
+import pytest
+import torch
+
+from vllm_nanoquant.kernels import timing
+
+CALLS = [lambda: torch.zeros(1)] * 10
+ONE_ROUND = timing.GRAPH_US
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[Iterator[float]]:
+    """Holds the microseconds of the replays to come, for a test to fill in."""
+    given: list[Iterator[float]] = []
+    monkeypatch.setattr(timing, "_captured", lambda calls: None)
+    monkeypatch.setattr(timing, "_replay", lambda graph: next(given[0]))
+    return given
+
+
+def test_slow_replays_at_first_do_not_count(replays: list[Iterator[float]]) -> None:
+    """As after a product in fp64: 2.5 ms of replays that take 18 % longer."""
+    replays.append(chain([ONE_ROUND], repeat(1180.0, 3), repeat(1000.0)))
+    assert timing.time_in_graph(CALLS, 9) == timing.Times(100.0, 100.0, 100.0)
+
+
+def test_a_figure_is_the_median_of_a_call(replays: list[Iterator[float]]) -> None:
+    replays.append(iter([ONE_ROUND, timing.WARM_UP_US, 110.0, 90.0, 130.0]))
+    assert timing.time_in_graph(CALLS, 3) == timing.Times(11.0, 9.0, 13.0)
+
+
+def test_long_calls_are_replayed_less_often(replays: list[Iterator[float]]) -> None:
+    times = [
+        ONE_ROUND,
+        timing.WARM_UP_US,
+        *[10.0 * timing.LONG_CALL_US + 10] * timing.LONG_CALL_REPLAYS,
+    ]
+    replays.append(iter(times))
+    assert timing.time_in_graph(CALLS, 9).median == timing.LONG_CALL_US + 1
+
+
+def test_a_short_graph_goes_round_until_launching_it_costs_nothing(
+    replays: list[Iterator[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One round takes a third of what a graph should: the second graph has three."""
+    captured: list[int] = []
+    monkeypatch.setattr(timing, "_captured", lambda calls: captured.append(len(calls)))
+    replays.append(iter([ONE_ROUND / 3 + 1, timing.WARM_UP_US, *[990.0] * 3]))
+    assert timing.time_in_graph(CALLS, 3).median == 33.0
+    assert captured == [10, 30]
