@@ -4,7 +4,7 @@
     python benchmarks/kernels/run.py --output benchmarks/kernels/results/h200.json
 
 Method: for each contestant and layer, enough copies of the weight that one round over them reads
-at least 256 MiB (no cache holds that); a CUDA graph that makes one call per copy, round after
+at least 1 GiB (no cache holds much of that); a CUDA graph that makes one call per copy, round after
 round until it takes a millisecond; after 10 ms of replays, which bring the GPU to its pace, the
 median of the timed ones divided by the number of calls, and the least and the greatest beside it.
 For each number of tokens the contestants follow one another in one process, in several turns where
