@@ -146,11 +146,12 @@ class MachineCode:
     def programs_at_once(self, shared_bytes: int, warps: int = 48) -> int:
         """Programs that a multiprocessor runs at once, of which it has so much memory and warps.
 
-        Registers are given out to a warp in units of 256.
+        Registers are given out to a warp in units of 256; each quarter of a multiprocessor has a
+        quarter of them for its own warps.
         """
         per_warp = -(-self.registers * LANES // 256) * 256
         return min(
-            REGISTERS // (per_warp * self.warps),
+            4 * (REGISTERS // 4 // per_warp) // self.warps,
             shared_bytes // (self.shared_bytes + RESERVED_SHARED_BYTES),
             warps // self.warps,
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -24,6 +25,9 @@ SEED = 0
 STANDARD_DEVIATION = 0.02
 # How often the contestants follow one another where a call takes more than LONG_CALL_US.
 TURNS_OF_LONG_CALLS = 3
+# Idle before each contestant is timed, so that none finds the GPU as hot and slow as the one before
+# or the products in fp64 have left it.
+PAUSE_SECONDS = 0.1
 # The read floor is what few tokens are compared with: it is timed after each number up to this.
 FLOOR_TOKENS = 16
 
@@ -77,7 +81,7 @@ class Bench:
             wanted = [each for each in prepared if each[0].is_measured_at(tokens)]
             self._measure_in_turns(layer, wanted, x)
             if floor and tokens <= FLOOR_TOKENS:
-                floor.found.append(self.timer(floor.calls, self.replays))
+                floor.found.append(self._time(floor.calls))
         if floor:
             self.report.measured(layer, None, FLOOR, None, together(floor.found), None)
         self._note_gaps(layer, [peer for peer, _ in prepared])
@@ -125,7 +129,7 @@ class Bench:
                 if found is None or (turn and found[0].median <= LONG_CALL_US):
                     continue
                 try:
-                    found.append(self.timer([_call(weight, x) for weight in copies], self.replays))
+                    found.append(self._time([_call(weight, x) for weight in copies]))
                 except Exception as failure:
                     del times[peer.name]
                     self.report.refuse(layer, peer.name, _as_refusal(failure), x.shape[0])
@@ -143,7 +147,7 @@ class Bench:
                 words.check()
                 copies = [words.copy() for _ in range(copies_needed(words.nbytes))]
                 calls = [each.read for each in copies]
-                floor = Floor(calls, [self.timer(calls, self.replays)])
+                floor = Floor(calls, [self._time(calls)])
                 if fastest is None or floor.found[0].median < fastest.found[0].median:
                     fastest = floor
         except Exception as error:
@@ -162,6 +166,13 @@ class Bench:
             unwanted = [tokens for tokens in within if not peer.is_measured_at(tokens)]
             if unwanted:
                 self.report.skip(layer, peer.name, unwanted, f"not measured: {peer.limits()}")
+
+    def _time(self, calls: Sequence[Call]) -> Times:
+        """One call, after a rest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            time.sleep(PAUSE_SECONDS)
+        return self.timer(calls, self.replays)
 
     def _free(self) -> None:
         """Give memory that nothing holds any more back to the GPU."""

@@ -5,10 +5,10 @@
 
 Method: for each contestant and layer, enough copies of the weight that one round over them reads
 at least 1 GiB (no cache holds much of that); a CUDA graph that makes one call per copy, round after
-round until it takes a millisecond; after 10 ms of replays, which bring the GPU to its pace, the
-median of the timed ones divided by the number of calls, and the least and the greatest beside it.
-For each number of tokens the contestants follow one another in one process, in several turns where
-calls are long, because the GPU's clock drifts with its heat. The read floor is timed first and
+round until it takes a millisecond; after 0.1 s of rest and 10 ms of replays, the median of the
+timed ones divided by the number of calls, and the least and the greatest beside it. For each number
+of tokens the contestants follow one another in one process, in several turns where calls are long,
+because the GPU's clock drifts with its heat. The read floor is timed first and
 after each number of tokens up to 16; the median of these counts. Beside each time stands the error
 against the fp64 product of the contestant's own dequantized weights, mean |y - expected| / mean
 |expected|, taken in memory that was full of NaN before. Memory is freed between layers, and the
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
 from benchmarks.kernels.layers import MODEL  # noqa: E402
-from benchmarks.kernels.measure import SEED, TURNS_OF_LONG_CALLS, Bench  # noqa: E402
+from benchmarks.kernels.measure import PAUSE_SECONDS, SEED, TURNS_OF_LONG_CALLS, Bench  # noqa: E402
 from benchmarks.kernels.options import Options, parse_options  # noqa: E402
 from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
 from benchmarks.kernels.peers.base import Peer  # noqa: E402
@@ -86,6 +86,7 @@ def describe_problem(options: Options) -> dict[str, object]:
         "rotated_bytes": ROTATED_BYTES,
         "graph_us": GRAPH_US,
         "warm_up_us": WARM_UP_US,
+        "pause_seconds": PAUSE_SECONDS,
         "replays": options.replays,
         "replays_of_long_calls": min(options.replays, LONG_CALL_REPLAYS),
         "turns_of_long_calls": TURNS_OF_LONG_CALLS,

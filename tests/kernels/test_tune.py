@@ -80,6 +80,24 @@ def test_there_is_a_candidate_for_any_shape(n: int, chunks: int) -> None:
         assert (split - 1) * per_split < chunks <= split * per_split
 
 
+def test_close_times_are_measured_again() -> None:
+    """One lucky time does not win, and what is far behind is not measured twice."""
+    times = {"lucky": [9.8, 10.4, 10.5], "steady": [10.0, 10.0, 10.1], "slow": [12.0]}
+    given = {name: iter(each) for name, each in times.items()}
+    assert tune.fastest(given, lambda name: next(given[name])) == (10.0, "steady")
+
+
+def test_candidates_that_all_fail_are_not_tried_again() -> None:
+    tried: list[str] = []
+
+    def measure(name: str) -> float:
+        tried.append(name)
+        return math.inf
+
+    assert tune.fastest(["one", "two"], measure)[0] == math.inf
+    assert tried == ["one", "two"]
+
+
 @pytest.mark.parametrize("text", ["4096", "4096x", "4096x0", "axb", "1x2x3", ""])
 def test_a_wrong_shape_is_named(text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(text))):
