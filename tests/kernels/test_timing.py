@@ -25,7 +25,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[Iterator[float]]:
 
 
 def test_slow_replays_at_first_do_not_count(replays: list[Iterator[float]]) -> None:
-    """As after a product in fp64: 2.5 ms of replays that take 18 % longer."""
+    """As after a product in fp64."""
     replays.append(chain([ONE_ROUND], repeat(1180.0, 3), repeat(1000.0)))
     assert timing.time_in_graph(CALLS, 9) == timing.Times(100.0, 100.0, 100.0)
 

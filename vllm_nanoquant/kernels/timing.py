@@ -19,7 +19,7 @@ ROTATED_BYTES = 1 << 30
 # takes some, costs a call hardly anything, however few copies there are.
 GRAPH_US = 1_000
 # Replays before the first that counts take at least so many microseconds: after a product in fp64,
-# with which results are checked, an H200 is up to 18 % slower for 2.5 milliseconds.
+# with which results are checked, an H200 is up to 17 % slower for a millisecond or two.
 WARM_UP_US = 10_000
 # A call that takes longer than this many microseconds is replayed at most so many times.
 LONG_CALL_US = 200
