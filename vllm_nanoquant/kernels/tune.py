@@ -15,13 +15,12 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any, TypeVar
 
 import torch
@@ -207,8 +206,8 @@ def fastest(candidates: Iterable[T], measure: Callable[[T], float]) -> tuple[flo
     if len(close) > 1 and limit < math.inf:
         for each in close * TURNS:
             times[each].append(measure(each))
-    best = min(close, key=lambda each: statistics.median(times[each]))
-    return statistics.median(times[best]), best
+    best = min(close, key=lambda each: median(times[each]))
+    return median(times[best]), best
 
 
 def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
