@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,10 @@ def main() -> None:
     parser.add_argument("--cache-gib", type=float, default=6.0, help="KV cache of each of those")
     parser.add_argument("--only-load", action="store_true")
     arguments = parser.parse_args()
+    if not entry_points(group="vllm.general_plugins", name="nanoquant"):
+        parser.error(
+            "vLLM will not find the plugin; run this first, in this environment: pip install ."
+        )
     report: dict[str, Any] = {
         "problem": {
             "geometry": arguments.geometry.name,

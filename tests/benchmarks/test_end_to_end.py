@@ -115,6 +115,15 @@ def test_engines_that_wait_are_ended_with_the_run(tmp_path, monkeypatch):
     assert [process.returncode for process in started] == [0, -signal.SIGKILL]
 
 
+def test_a_missing_plugin_is_said_before_an_engine_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "entry_points", lambda **_: ())
+    monkeypatch.setattr("sys.argv", ["run.py", "--output", str(tmp_path / "result.json")])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "pip install ." in capsys.readouterr().err
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_a_table_names_who_failed(tmp_path):
     found = {"ssm": {"error": ["no memory is left"], "status": 1}}
     assert "| ssm | failed |" in run.table(found, [1], [32])
