@@ -33,7 +33,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
-from benchmarks.end_to_end.contestants import NAMES, engine_options, environment  # noqa: E402
+from benchmarks.end_to_end.contestants import NAMES, PEERS, engine_options, environment  # noqa: E402
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
 GEOMETRY = HERE.parent / "geometry" / "nemotron-nano-9b-v2"
@@ -208,7 +208,8 @@ def main() -> None:
     parser.add_argument("--cache-gib", type=float, default=6.0, help="KV cache of each of those")
     parser.add_argument("--only-load", action="store_true")
     arguments = parser.parse_args()
-    if not entry_points(group="vllm.general_plugins", name="nanoquant"):
+    ours = [name for name in arguments.contestants if name not in PEERS]
+    if ours and not entry_points(group="vllm.general_plugins", name="nanoquant"):
         parser.error(
             "vLLM will not find the plugin; run this first, in this environment: pip install ."
         )

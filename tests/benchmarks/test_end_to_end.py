@@ -124,6 +124,23 @@ def test_a_missing_plugin_is_said_before_an_engine_starts(tmp_path, monkeypatch,
     assert not (tmp_path / "result.json").exists()
 
 
+def test_others_run_without_the_plugin(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "entry_points", lambda **_: ())
+    failed = {"error": ["no memory is left"], "status": 1}
+    monkeypatch.setattr(run, "measure", lambda _, names: [failed for _ in names])
+    arguments = [
+        "run.py",
+        "--output",
+        str(tmp_path / "result.json"),
+        "--contestants",
+        "bf16",
+        "fp8",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    run.main()
+    assert list(json.loads((tmp_path / "result.json").read_text())["results"]) == ["bf16", "fp8"]
+
+
 def test_a_table_names_who_failed(tmp_path):
     found = {"ssm": {"error": ["no memory is left"], "status": 1}}
     assert "| ssm | failed |" in run.table(found, [1], [32])
