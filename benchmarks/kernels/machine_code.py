@@ -25,7 +25,13 @@ from triton.compiler import ASTSource
 
 from vllm_nanoquant.kernels import decode, fused, prefill, search
 from vllm_nanoquant.kernels.layout import CHUNK, TILE, groups_per_chunk
-from vllm_nanoquant.kernels.settings import REGISTERS, DecodeSettings, FusedSettings
+from vllm_nanoquant.kernels.settings import (
+    QUARTERS,
+    REGISTERS,
+    DecodeSettings,
+    FusedSettings,
+    limit_registers,
+)
 
 LANES = 32
 RESERVED_SHARED_BYTES = 1024
@@ -146,12 +152,11 @@ class MachineCode:
     def programs_at_once(self, shared_bytes: int, warps: int = 48) -> int:
         """Programs that a multiprocessor runs at once, of which it has so much memory and warps.
 
-        Registers are given out to a warp in units of 256; each quarter of a multiprocessor has a
-        quarter of them for its own warps.
+        Registers are given out to a warp in units of 256, in each quarter to its own warps.
         """
         per_warp = -(-self.registers * LANES // 256) * 256
         return min(
-            4 * (REGISTERS // 4 // per_warp) // self.warps,
+            QUARTERS * (REGISTERS // QUARTERS // per_warp) // self.warps,
             shared_bytes // (self.shared_bytes + RESERVED_SHARED_BYTES),
             warps // self.warps,
         )
@@ -207,7 +212,7 @@ def compile_decode(settings: DecodeSettings, tokens: int, variant: Variant) -> M
             "SPLIT": settings.split,
             "PREFETCH": launch.prefetch,
         },
-        {"num_warps": warps, "num_stages": 1, **launch.limits},
+        {"num_warps": warps, "num_stages": 1, **limit_registers(launch.registers)},
     )
     return replace(code, weights=warps * launch.tiles * TILE * CHUNK)
 
@@ -226,7 +231,11 @@ def compile_fused(settings: FusedSettings, variant: Variant) -> MachineCode:
             "WGMMA": hopper,
             "HALVES": settings.halves,
         },
-        {"num_warps": settings.warps, "num_stages": settings.stages, **settings.limits},
+        {
+            "num_warps": settings.warps,
+            "num_stages": settings.stages,
+            **limit_registers(settings.registers),
+        },
     )
     return replace(code, weights=settings.rows * CHUNK)
 

@@ -8,11 +8,11 @@ at least 1 GiB (no cache holds much of that); a CUDA graph that makes one call p
 round until it takes a millisecond; after 0.1 s of rest and 10 ms of replays, the median of the
 timed ones divided by the number of calls, and the least and the greatest beside it. For each number
 of tokens the contestants follow one another in one process, in several turns where calls are long,
-because the GPU's clock drifts with its heat. The read floor is timed first and
-after each number of tokens up to 16; the median of these counts. Beside each time stands the error
-against the fp64 product of the contestant's own dequantized weights, mean |y - expected| / mean
-|expected|, taken in memory that was full of NaN before. Memory is freed between layers, and the
-result file is written after each.
+because the GPU's clock drifts with its heat. The read floor is timed first and after each number of
+tokens up to 16; the median of these counts. Beside each time stands the error against the fp64
+product of the contestant's own dequantized weights, mean |y - expected| / mean |expected|, taken in
+memory that was full of NaN before. Memory is freed between layers, and the result file is written
+after each.
 
 A contestant that cannot run is refused with a reason, which is printed and kept. The status is 1
 if that happened to ours.

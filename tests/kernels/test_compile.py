@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,6 +142,20 @@ def test_the_registers_of_the_h200_table_suffice(
     chosen = decode_settings(monkeypatch, 90, layer, 128)
     code = compile_decode(chosen, tokens, Variant(90))
     assert code.spilled_bytes <= SPILLED_BYTES and not code.loop_spills, code.summary()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_limits_of_registers_suffice_in_the_fused_kernel(
+    group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the H200's table, measured with groups of 128, with other groups too."""
+    found = fused_settings(monkeypatch, 90, group_size, LAYERS)
+    limited = {replace(each, up_to=0) for each in found if each.registers}
+    assert limited
+    for chosen in limited:
+        code = compile_fused(chosen, Variant(90, group_size=group_size))
+        assert code.registers <= chosen.registers, f"{chosen}: {code.summary()}"
+        assert code.spilled_bytes == 0, f"{chosen}: {code.summary()}"
 
 
 def check_waits_first(code: MachineCode) -> None:

@@ -44,7 +44,12 @@ from vllm_nanoquant.kernels.integers import (
     zero_points,
 )
 from vllm_nanoquant.kernels.layout import RuntimeWeight, ceil_div
-from vllm_nanoquant.kernels.settings import DecodeSettings, decode_settings, launch_options
+from vllm_nanoquant.kernels.settings import (
+    DecodeSettings,
+    decode_settings,
+    launch_options,
+    limit_registers,
+)
 
 
 @triton.jit
@@ -323,6 +328,6 @@ def decode(
         PREFETCH=launch.prefetch,
         SUBNORMAL=x.dtype == torch.bfloat16 and keeps_subnormals(x.device),
         **launch_options(x.device, launch.warps_n * chosen.warps_k, num_stages=1),
-        **launch.limits,
+        **limit_registers(launch.registers),
     )
     return y

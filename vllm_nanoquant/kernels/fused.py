@@ -38,6 +38,7 @@ from vllm_nanoquant.kernels.settings import (
     fused_settings,
     has_wgmma,
     launch_options,
+    limit_registers,
 )
 from vllm_nanoquant.kernels.weights import half_weights
 
@@ -327,6 +328,6 @@ def fused(
         WGMMA=has_wgmma(device),
         HALVES=chosen.halves,
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
-        **chosen.limits,
+        **limit_registers(chosen.registers),
     )
     return y

@@ -22,6 +22,8 @@ from vllm_nanoquant.kernels.layout import RuntimeWeight, groups_per_chunk
 
 REGISTERS = 65536
 """32-bit registers of a multiprocessor, SM80 to SM120."""
+QUARTERS = 4
+"""Parts of a multiprocessor; each has its share of the registers for its own warps."""
 FUSED_LIMIT = 1024
 """Most tokens of one fused product; the counters of a weight suffice for these."""
 
@@ -43,11 +45,6 @@ class DecodeLaunch:
     """Chunks of 128 columns that a warp loads ahead: 1 or 2."""
     registers: int = 0
     """Most registers per thread, so that more programs run at once; 0: as the compiler likes."""
-
-    @property
-    def limits(self) -> dict[str, int]:
-        """Triton's option for the registers."""
-        return limit_registers(self.registers)
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,6 @@ class FusedSettings:
     """Two products per chunk, not one: half is unpacked while the other half is multiplied."""
     registers: int = 0
     """Most registers per thread, so that more programs run at once; 0: as the compiler likes."""
-
-    @property
-    def limits(self) -> dict[str, int]:
-        """Triton's option for the registers."""
-        return limit_registers(self.registers)
 
     def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
         """Number of equal runs that the work is cut into.

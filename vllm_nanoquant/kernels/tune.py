@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
+    QUARTERS,
     REGISTERS,
     DecodeLaunch,
     DecodeSettings,
@@ -71,6 +72,9 @@ AMPERE = ((64, 32, 4, 2, 3), (128, 32, 4, 2, 2), (128, 32, 4, 3, 1), (128, 64, 8
 # alone is uncertain by a few percent.
 CLOSE = 1.04
 TURNS = 2
+# How often the times at so many tokens count for a cut: 1 and 8 twice, because that is what one or
+# two users of a GPU run, and a cut that gains at 16 by losing at 8 would otherwise win.
+WEIGHTS = {1: 2, 8: 2, 16: 1}
 # One kernel rather than two and a buffer, unless it is slower by more than the noise.
 PREFERENCE = 1.03
 # Results that differ by more than this, relative to their mean size, are wrong.
@@ -116,9 +120,8 @@ def share_registers(gpu: Gpu, programs: int, warps: int, least: int, most: int) 
     than its share fit, they run one after the other anyway, and `most` it is.
     """
     share = -(-programs // gpu.multiprocessors)
-    # Each quarter of a multiprocessor has a quarter of the registers for its own warps.
-    warps_per_quarter = -(-share * warps // 4)
-    registers = REGISTERS // (32 * 4 * warps_per_quarter) // 8 * 8
+    warps_per_quarter = -(-share * warps // QUARTERS)
+    registers = REGISTERS // QUARTERS // (32 * warps_per_quarter) // 8 * 8
     return min(registers, most) if registers >= least else most
 
 
@@ -211,16 +214,14 @@ def fastest(candidates: Iterable[T], measure: Callable[[T], float]) -> tuple[flo
 
 
 def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
-    """Entry "decode" of a shape: the cut of K with the least mean of times at 1, 8, 16 tokens.
-
-    The times at 1 and 8 count twice: that is what one or two users of a GPU run, and a cut that
-    gains at 16 by losing at 8 would otherwise win.
-    """
+    """Entry "decode" of a shape: the cut of K with the least mean of times, as WEIGHTS has it."""
     from vllm_nanoquant.kernels.decode import decode
 
     def mean(settings: DecodeSettings, *tokens: int) -> float:
+        """Geometric mean of the times at some of the numbers of tokens of WEIGHTS."""
         run = lambda x, w: decode(x, w, None, settings)  # noqa: E731
-        return geometric_mean([shape.measure(each, run, f"decode {settings}") for each in tokens])
+        times = [shape.measure(each, run, f"decode {settings}") ** WEIGHTS[each] for each in tokens]
+        return math.prod(times) ** (1 / sum(WEIGHTS[each] for each in tokens))
 
     def candidates(cut: tuple[int, int], kinds: Kinds) -> list[DecodeSettings]:
         launches = decode_launches(gpu, n, cut, kinds)
@@ -236,7 +237,7 @@ def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
         if time <= limit:
             _, long = fastest(candidates(cut, LONG), lambda each: mean(each, 16))
             found.append(replace(settings, up_to_16=long.up_to_16))
-    return asdict(fastest(found, lambda each: mean(each, 1, 1, 8, 8, 16))[1])
+    return asdict(fastest(found, lambda each: mean(each, *WEIGHTS))[1])
 
 
 def tune_fused(gpu: Gpu, shape: Shape) -> list[dict[str, Any]]:
@@ -244,14 +245,13 @@ def tune_fused(gpu: Gpu, shape: Shape) -> list[dict[str, Any]]:
     from vllm_nanoquant.kernels.fused import fused
     from vllm_nanoquant.kernels.prefill import prefill
 
+    def measure(settings: FusedSettings) -> float:
+        run = lambda x, w: fused(x, w, None, settings)  # noqa: E731
+        return shape.measure(settings.up_to, run, f"fused {settings}")
+
     entries: list[dict[str, Any]] = []
     for bucket in BUCKETS:
         limit = shape.measure(bucket, lambda x, w: prefill(x, w, None), "prefill")
-
-        def measure(settings: FusedSettings, tokens: int = bucket) -> float:
-            run = lambda x, w: fused(x, w, None, settings)  # noqa: E731
-            return shape.measure(tokens, run, f"fused {settings}")
-
         time, chosen = fastest(fused_candidates(gpu, bucket), measure)
         if time > PREFERENCE * limit and entries:
             break
