@@ -5,14 +5,13 @@
 
 Method: for each contestant and layer, enough copies of the weight that one round over them reads
 at least 1 GiB (no cache holds much of that); a CUDA graph that makes one call per copy, round after
-round until it takes a millisecond; after 0.1 s of rest and 10 ms of replays, the median of the
-timed ones divided by the number of calls, and the least and the greatest beside it. For each number
-of tokens the contestants follow one another in one process, in several turns where calls are long,
-because the GPU's clock drifts with its heat. The read floor is timed first and after each number of
-tokens up to 16; the median of these counts. Beside each time stands the error against the fp64
-product of the contestant's own dequantized weights, mean |y - expected| / mean |expected|, taken in
-memory that was full of NaN before. Memory is freed between layers, and the result file is written
-after each.
+round until it takes a millisecond, but no more calls than take two; after 0.25 s of rest and 20 ms
+of replays, the median of the timed ones divided by the number of calls, and the least and the
+greatest beside it. So every contestant is timed for the same few ten milliseconds. For each number of tokens they follow one another in one process, in several turns
+where calls are long. The read floor is timed first and after each number of tokens up to 16; the
+median of these counts. Beside each time stands the error against the fp64 product of the
+contestant's own dequantized weights, mean |y - expected| / mean |expected|, taken in memory that
+was full of NaN before. Memory is freed between layers, and the result file is written after each.
 
 A contestant that cannot run is refused with a reason, which is printed and kept. The status is 1
 if that happened to ours.
@@ -40,6 +39,7 @@ from vllm_nanoquant.kernels.timing import (  # noqa: E402
     GRAPH_US,
     LONG_CALL_REPLAYS,
     LONG_CALL_US,
+    LONGEST_GRAPH_US,
     ROTATED_BYTES,
     WARM_UP_US,
     Timer,
@@ -85,6 +85,7 @@ def describe_problem(options: Options) -> dict[str, object]:
         "tokens": options.tokens,
         "rotated_bytes": ROTATED_BYTES,
         "graph_us": GRAPH_US,
+        "longest_graph_us": LONGEST_GRAPH_US,
         "warm_up_us": WARM_UP_US,
         "pause_seconds": PAUSE_SECONDS,
         "replays": options.replays,

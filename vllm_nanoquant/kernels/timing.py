@@ -18,9 +18,15 @@ ROTATED_BYTES = 1 << 30
 # A graph goes round the copies until it takes this many microseconds, so that launching it, which
 # takes some, costs a call hardly anything, however few copies there are.
 GRAPH_US = 1_000
+# It makes no more calls than fill so many, so that all contestants are timed over about the same
+# span: an H200 that multiplies for some 100 milliseconds on end slows down by 13 %, and the lighter
+# a weight is, the more copies are in rotation. A call that takes long moves more than a cache holds
+# and needs no rotation.
+LONGEST_GRAPH_US = 2_000
 # Replays before the first that counts take at least so many microseconds: after a product in fp64,
-# with which results are checked, an H200 is up to 17 % slower for a millisecond or two.
-WARM_UP_US = 10_000
+# with which results are checked, an H200 is up to 17 % slower for a millisecond or two, and for ten
+# after a rest, where a large weight is all that is read.
+WARM_UP_US = 20_000
 # A call that takes longer than this many microseconds is replayed at most so many times.
 LONG_CALL_US = 200
 LONG_CALL_REPLAYS = 5
@@ -59,9 +65,11 @@ def time_in_graph(calls: Sequence[Call], replays: int) -> Times:
     """Time calls by replaying a CUDA graph that makes them in their order, once or more often.
 
     Args:
-        calls: one per copy of the weight; each has compiled what it needs.
+        calls: one per copy of the weight, which do the same.
         replays: how often the graph is timed; less often when a call takes long.
     """
+    calls[0]()
+    calls = calls[: max(1, int(LONGEST_GRAPH_US / _replay(_captured(calls[:1]))))]
     for call in calls:
         call()
     graph = _captured(calls)
