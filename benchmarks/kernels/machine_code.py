@@ -253,7 +253,10 @@ def compile_dequantize(variant: Variant) -> MachineCode:
     """The kernel that writes the weight in bf16 or fp16."""
     constants = {"PER_CHUNK": groups_per_chunk(variant.group_size), "T": prefill.TILES}
     return compile_kernel(
-        prefill.dequantize_kernel, variant, constants, {"num_warps": prefill.NUM_WARPS}
+        prefill.dequantize_kernel,
+        variant,
+        constants,
+        {"num_warps": prefill.NUM_WARPS, "num_stages": 1},
     )
 
 

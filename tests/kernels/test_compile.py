@@ -127,6 +127,8 @@ def test_every_kernel_compiles(
     assert TENSOR_CORES.get(architecture, "mma.sync") in code.ptx, f"fused: {code.summary()}"
     code = machine_code.compile_dequantize(variant)
     assert code.spilled_bytes == 0, f"dequantize: {code.summary()}"
+    stores = {each.opcode for each in code.instructions if each.opcode.startswith("STG")}
+    assert stores == {"STG.E.128"}, f"dequantize: {stores}; {code.summary()}"
     if group_size == 128:
         code = machine_code.compile_arrange(variant)
         assert code.spilled_bytes == 0, f"arrange: {code.summary()}"

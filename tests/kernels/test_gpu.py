@@ -155,6 +155,24 @@ def test_lm_head_goes_through_a_bounded_scratch() -> None:
     assert mean_relative_error(y, expected) <= TOLERANCE
 
 
+def test_dequantizing_waits_for_what_still_reads_the_buffer() -> None:
+    """It starts while the product before it still runs, here one that takes the buffer for x."""
+    head = cuda_problem(1, 131072, 4480).arguments()[1]
+    weight = cuda_problem(1, 4480, 4480).arguments()[1]
+    buffer = torch.randn((4480, 4480), dtype=torch.bfloat16, device="cuda")
+    before, x = buffer.clone(), buffer[:DECODE_LIMIT]
+    expected = w4a16(x, head)
+    prefill.dequantize_rows(weight, buffer, 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = w4a16(x, head)
+        prefill.dequantize_rows(weight, buffer, 0)
+    for _ in range(3):
+        buffer.copy_(before)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
 def test_no_tokens() -> None:
     problem = cuda_problem(0, 100, 64, 32)
     assert w4a16(*problem.arguments()).shape == (0, 100)
@@ -197,7 +215,7 @@ def test_more_tokens_repeat_bit_for_bit(tokens: int) -> None:
         assert torch.equal(w4a16(x, weight, bias), y)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 32, 512])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 32, 512, 1100])
 @pytest.mark.parametrize("shape", [(4480, 10240, 128, 0), (22656, 4480, 128, 0)])
 def test_cuda_graph(shape: tuple[int, int, int, int], tokens: int) -> None:
     x, weight, bias = cuda_problem(tokens, *shape, bias=True).arguments()

@@ -12,16 +12,70 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_nanoquant.kernels.fragments import load_scales, scale_offsets, word_offsets
+from vllm_nanoquant.kernels.fragments import (
+    FIRST_AXIS,
+    load_chunk,
+    scale_offsets,
+    word_offsets,
+)
 from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight, ceil_div
+from vllm_nanoquant.kernels.settings import launch_options
 from vllm_nanoquant.kernels.weights import half_weights
 
 # One Mamba in_proj of Nemotron-Nano-9B-v2 (22656 x 4480) fits whole; the LM head goes in parts.
 SCRATCH_BYTES = 200 << 20
 TILES = 4
+# Two for each tile, which exchange what they store. With one they need not, but on an H200 that
+# takes 4 % longer.
 NUM_WARPS = 8
 
 _scratch: dict[torch.device, torch.Tensor] = {}
+
+
+@triton.jit
+def rows_of_block(tile: tl.tensor) -> tl.tensor:
+    """Rows of tiles [T] as `in_block` has them; they broadcast to its shape."""
+    row = tl.arange(0, 8)
+    other = tl.arange(0, 4) // 2 * 8
+    if FIRST_AXIS:
+        return (
+            row[None, :, None, None, None]
+            + (tile * 16)[None, None, :, None, None]
+            + other[None, None, None, :, None]
+        )
+    else:
+        return (
+            other[:, None, None, None, None]
+            + (tile * 16)[None, :, None, None, None]
+            + row[None, None, :, None, None]
+        )
+
+
+@triton.jit
+def columns_of_block() -> tl.tensor:
+    """Columns of half a chunk as `in_block` has them; they broadcast to its shape."""
+    lane = tl.arange(0, 4) * 8
+    run = tl.arange(0, 4) % 2 * 32
+    i = tl.arange(0, 8)[None, None, None, None, :]
+    if FIRST_AXIS:
+        return lane[:, None, None, None, None] + run[None, None, None, :, None] + i
+    else:
+        return run[:, None, None, None, None] + lane[None, None, None, :, None] + i
+
+
+@triton.jit
+def in_block(weights: tl.tensor, T: tl.constexpr) -> tl.tensor:
+    """Weights of `half_weights` with runs of 8 columns last: 16 bytes, which one lane stores.
+
+    [lane's c, row % 8, T, 2 * (row / 8) + plane / 2, i], or, where Triton deals lanes out from the
+    last axis, [2 * (row / 8) + plane / 2, T, row % 8, lane's c, i].
+    """
+    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2
+    weights = tl.reshape(weights, (T, 8, 4, 2, 2, 2, 2, 2))
+    if FIRST_AXIS:
+        return tl.reshape(tl.permute(weights, (2, 1, 0, 4, 7, 6, 3, 5)), (4, 8, T, 4, 8))
+    else:
+        return tl.reshape(tl.permute(weights, (4, 7, 0, 1, 2, 6, 3, 5)), (4, T, 8, 4, 8))
 
 
 @triton.jit(do_not_specialize=["chunks", "first_tile", "rows"])
@@ -37,28 +91,27 @@ def dequantize_kernel(
     group_offset: int,
     PER_CHUNK: tl.constexpr,
     T: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Write w [rows, K], the weight from row 16 * first_tile on, rounded once to w's dtype."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     chunk = tl.program_id(0)
     own = tl.program_id(1) * T + tl.arange(0, T)
-    tile = first_tile + own
     wanted = own * 16 < rows
-    scales_at = scales_ptr + chunk * scale_stride + scale_offsets(tile, PER_CHUNK)
-    scales = load_scales(scales_at, wanted)
-    words_at = words_ptr + word_offsets(tile, chunks) + chunk * 1024
-    row = tl.reshape(own[:, None] * 16 + tl.arange(0, 16)[None, :], (T * 16,))
+    words_at = words_ptr + word_offsets(first_tile + own, chunks)
+    scales_at = scales_ptr + scale_offsets(first_tile + own, PER_CHUNK)
+    words_0, words_1, scales = load_chunk(words_at, scales_at, chunk, wanted, scale_stride)
+    if PDL:
+        # Weights do not depend on the kernel before this one; it may still read w.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = rows_of_block(own)
     for half in tl.static_range(2):
-        words = tl.load(
-            words_at + half * 128, mask=wanted[:, None], other=0, eviction_policy="evict_first"
-        )
-        weights = half_weights(words, scales, half, T, PER_CHUNK, dtype)
-        # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2
-        weights = tl.reshape(weights, (T, 8, 4, 2, 2, 2, 2, 2))
-        weights = tl.reshape(tl.permute(weights, (0, 4, 1, 7, 2, 6, 3, 5)), (T * 16, 64))
-        column = chunk * 128 + half * 64 + tl.arange(0, 64) - group_offset
-        inside = (row < rows)[:, None] & ((column >= 0) & (column < k))[None, :]
-        tl.store(w_ptr + row[:, None] * k + column[None, :], weights, mask=inside)
+        words = words_0 if half == 0 else words_1
+        weights = in_block(half_weights(words, scales, half, T, PER_CHUNK, dtype), T)
+        column = chunk * 128 + half * 64 + columns_of_block() - group_offset
+        inside = (row < rows) & (column >= 0) & (column < k)
+        tl.store(w_ptr + row * k + column, weights, mask=inside)
 
 
 def dequantize_rows(weight: RuntimeWeight, out: torch.Tensor, first: int) -> None:
@@ -80,7 +133,7 @@ def dequantize_rows(weight: RuntimeWeight, out: torch.Tensor, first: int) -> Non
         weight.group_offset,
         PER_CHUNK=weight.groups_per_chunk,
         T=TILES,
-        num_warps=NUM_WARPS,
+        **launch_options(out.device, NUM_WARPS, num_stages=1),
     )
 
 
