@@ -193,9 +193,6 @@ def fused_kernel(
     units = tl.cdiv(n, ROWS) * token_blocks * chunks
     first_unit = (program * units // programs).to(tl.int32)
     end_unit = ((program + 1) * units // programs).to(tl.int32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     for y_tile in range(first_unit // chunks, tl.cdiv(end_unit, chunks)):
         start = tl.maximum(first_unit - y_tile * chunks, 0)
         end = tl.minimum(end_unit - y_tile * chunks, chunks)
@@ -212,6 +209,10 @@ def fused_kernel(
         y = tl.zeros((ROWS, TOKENS), tl.float32)
         if PREFETCH:
             next_0, next_1, next_s = load_chunk(words_at, scales_at, start, tile >= 0, scale_stride)
+        if PDL:
+            # Weights do not depend on the kernel before this one; x and all that follows do.
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         for chunk in range(start, end):
             if PREFETCH:
                 words_0, words_1, scales = next_0, next_1, next_s
