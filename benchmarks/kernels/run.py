@@ -7,11 +7,12 @@ Method: for each contestant and layer, enough copies of the weight that one roun
 at least 1 GiB (no cache holds much of that); a CUDA graph that makes one call per copy, round after
 round until it takes a millisecond, but no more calls than take two; after 0.25 s of rest and 20 ms
 of replays, the median of the timed ones divided by the number of calls, and the least and the
-greatest beside it. So every contestant is timed for the same few ten milliseconds. For each number of tokens they follow one another in one process, in several turns
-where calls are long. The read floor is timed first and after each number of tokens up to 16; the
-median of these counts. Beside each time stands the error against the fp64 product of the
-contestant's own dequantized weights, mean |y - expected| / mean |expected|, taken in memory that
-was full of NaN before. Memory is freed between layers, and the result file is written after each.
+greatest beside it. So every contestant is timed for the same few ten milliseconds. For each number
+of tokens they follow one another in one process, in several turns where calls are long. The read
+floor is timed first and after each number of tokens up to 16; the median of these counts. Beside
+each time stands the error against the fp64 product of the contestant's own dequantized weights,
+mean |y - expected| / mean |expected|, taken in memory that was full of NaN before. Memory is freed
+between layers, and the result file is written after each.
 
 A contestant that cannot run is refused with a reason, which is printed and kept. The status is 1
 if that happened to ours.
