@@ -26,7 +26,7 @@ STANDARD_DEVIATION = 0.02
 # How often the contestants follow one another where a call takes more than LONG_CALL_US.
 TURNS_OF_LONG_CALLS = 3
 # Idle before each contestant is timed, so that none finds the GPU as hot and slow as the one before
-# or the products in fp64 have left it. After 0.1 s, products of 8192 tokens still differed by 8 %.
+# or the products in fp64 have left it.
 PAUSE_SECONDS = 0.25
 # The read floor is what few tokens are compared with: it is timed after each number up to this.
 FLOOR_TOKENS = 16
