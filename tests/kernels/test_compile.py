@@ -161,11 +161,7 @@ def test_limits_of_registers_suffice_in_the_fused_kernel(
 
 
 def check_waits_first(code: MachineCode) -> None:
-    """The next kernel may start early only once this one has waited for the kernel before.
-
-    So whatever starts early can rely on all but its direct predecessor, as kernels that PyTorch
-    compiles for early starts do.
-    """
+    """The next kernel may start early only once this one has waited; see `overlap.py`."""
     order = re.findall(r"griddepcontrol\.(wait|launch_dependents)", code.ptx)
     assert order, f"neither waits nor starts the next: {code.summary()}"
     assert order == ["wait", "launch_dependents"] * (len(order) // 2), f"{order}: {code.summary()}"
@@ -175,8 +171,12 @@ def test_the_next_kernel_starts_after_the_wait(monkeypatch: pytest.MonkeyPatch) 
     variant = Variant(90)
     chosen = decode_settings(monkeypatch, 90, "out_proj", 128)
     check_waits_first(compile_decode(chosen, 8, variant))
-    check_waits_first(compile_fused(fused_settings(monkeypatch, 90, 128)[0], variant))
+    chosen_fused = fused_settings(monkeypatch, 90, 128, LAYERS)
+    for prefetch in (False, True):
+        found = next(each for each in chosen_fused if each.prefetch == prefetch)
+        check_waits_first(compile_fused(found, variant))
     check_waits_first(machine_code.compile_arrange(variant))
+    check_waits_first(machine_code.compile_dequantize(variant))
 
 
 @pytest.mark.parametrize("tokens", [8, 16])

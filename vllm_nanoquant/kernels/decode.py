@@ -44,6 +44,7 @@ from vllm_nanoquant.kernels.integers import (
     zero_points,
 )
 from vllm_nanoquant.kernels.layout import RuntimeWeight, ceil_div
+from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import (
     DecodeSettings,
     decode_settings,
@@ -219,8 +220,7 @@ def decode_kernel(
         )
     if PDL:
         # Weights do not depend on the kernel before this one; x, partial and arrivals do.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     one = tl.full((W, 16, 8), 1.0, dtype)
     ones = tl.reshape(tl.join(one, one), (W, 16, 16))
     warp_column = tl.arange(0, W) % WARPS_K * 128 - GROUP_OFFSET

@@ -33,6 +33,7 @@ from vllm_nanoquant.kernels.fragments import (
     word_offsets,
 )
 from vllm_nanoquant.kernels.layout import CHUNK, RuntimeWeight, ceil_div
+from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import (
     FusedSettings,
     fused_settings,
@@ -64,8 +65,7 @@ def arrange_kernel(
     lane = tl.arange(0, 128)[None, :]
     column = chunk * 128 + lane - group_offset
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     inside = (row < tokens) & (column >= 0) & (column < k)
     x = tl.load(x_ptr + row * k + column, mask=inside, other=0.0)
     # row, run of 32, lane's c, i / 4, i / 2 % 2, i % 2
@@ -211,8 +211,7 @@ def fused_kernel(
             next_0, next_1, next_s = load_chunk(words_at, scales_at, start, tile >= 0, scale_stride)
         if PDL:
             # Weights do not depend on the kernel before this one; x and all that follows do.
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+            wait_for_kernel_before()
         for chunk in range(start, end):
             if PREFETCH:
                 words_0, words_1, scales = next_0, next_1, next_s

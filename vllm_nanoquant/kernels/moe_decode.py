@@ -29,6 +29,7 @@ from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe_gate import gated
 from vllm_nanoquant.kernels.moe_plan import PAIR_SIZES, local_experts, plan_pairs, read_plan
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS
+from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import launch_options
 
 # Warps of a program, which take turns along K: this decides the order of sums, whatever the number
@@ -104,8 +105,7 @@ def expert_product(
     if PREFETCH == 2:
         after_0, after_1, after_s = load_chunk(words_ptr, scales_ptr, W, left > W, scale_stride)
     if WAIT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     one = tl.full((W, 16, 8), 1.0, dtype)
     ones = tl.reshape(tl.join(one, one), (W, 16, 16))
     warp_column = tl.arange(0, W) * 128 - GROUP_OFFSET
@@ -173,8 +173,7 @@ def up_kernel(
     """
     if PDL:
         # The router may be the kernel before this one.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     expert, members, exists = read_plan(
         ids_ptr, map_ptr, plan_ptr, tl.program_id(1), HAS_MAP, ONE_TOKEN
     )
@@ -271,8 +270,7 @@ def down_kernel(
         tl.debug_barrier()
     elif PDL:
         # Whoever arrives last writes y, whose memory the kernel before this one may still read.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel")
     if arrived == pairs - 1:
         tl.store(arrivals_ptr + tl.program_id(0), 0)

@@ -33,6 +33,7 @@ from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe import GROUPED_TOKENS, decode_limit
 from vllm_nanoquant.kernels.moe_gate import gated
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, local_experts
+from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import has_wgmma, launch_options
 
 
@@ -145,8 +146,7 @@ def grouped_kernel(
     T: tl.constexpr = ROWS // 16
     COLUMNS: tl.constexpr = 64 if HALVES else 128
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     expert, first, end = block_of_pairs(starts_ptr, tl.program_id(1), experts, EXPERTS, TOKENS)
     if expert < experts:
         position = first + tl.arange(0, TOKENS)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe import DECODE_PAIRS
+from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import launch_options
 
 # Words of the plan of one pair, and where the list of pairs begins among them.
@@ -59,8 +60,7 @@ def plan_kernel(
 ) -> None:
     """Write the plan of `pairs` <= PAIRS pairs."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     every = tl.arange(0, PAIRS)
     own = tl.program_id(0) * PLANNED + tl.arange(0, PLANNED)
     experts = local_experts(ids_ptr, map_ptr, every, pairs, HAS_MAP)

@@ -19,6 +19,7 @@ from vllm_nanoquant.kernels.fragments import (
     word_offsets,
 )
 from vllm_nanoquant.kernels.layout import BLOCK, RuntimeWeight, ceil_div
+from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import launch_options
 from vllm_nanoquant.kernels.weights import half_weights
 
@@ -103,8 +104,7 @@ def dequantize_kernel(
     words_0, words_1, scales = load_chunk(words_at, scales_at, chunk, wanted, scale_stride)
     if PDL:
         # Weights do not depend on the kernel before this one; it may still read w.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_before()
     row = rows_of_block(own)
     for half in tl.static_range(2):
         words = words_0 if half == 0 else words_1
