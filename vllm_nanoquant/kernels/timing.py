@@ -69,8 +69,9 @@ def time_in_graph(calls: Sequence[Call], replays: int) -> Times:
         replays: how often the graph is timed; less often when a call takes long.
     """
     calls[0]()
-    calls = calls[: max(1, int(LONGEST_GRAPH_US / _replay(_captured(calls[:1]))))]
-    for call in calls:
+    one_call = _replay(_captured(calls[:1]))
+    calls = calls[: max(1, int(LONGEST_GRAPH_US / one_call))]
+    for call in calls[1:]:
         call()
     graph = _captured(calls)
     rounds = math.ceil(GRAPH_US / _replay(graph))
