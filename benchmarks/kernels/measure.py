@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 
@@ -18,7 +19,13 @@ from benchmarks.kernels.peers.base import Peer, Refused, Weight, prepare_largest
 from benchmarks.kernels.peers.read_floor import packed_words
 from benchmarks.kernels.report import Report
 from vllm_nanoquant.kernels.accuracy import relative_error
-from vllm_nanoquant.kernels.timing import LONG_CALL_US, Call, Timer, Times, copies_needed
+from vllm_nanoquant.kernels.timing import (
+    LONG_CALL_US,
+    WARM_UP_US,
+    Call,
+    Times,
+    copies_needed,
+)
 
 SEED = 0
 # As of a model's weights; it decides nothing but that no scale is 0.
@@ -27,9 +34,21 @@ STANDARD_DEVIATION = 0.02
 TURNS_OF_LONG_CALLS = 3
 # Idle before each contestant is timed, so that none finds the GPU as hot and slow as the one before
 # or the products in fp64 have left it.
-PAUSE_SECONDS = 0.25
+PAUSE_SECONDS = 0.1
+# From this many tokens on a GPU has multiplied for this long when a product is timed, and an H200
+# slowed down to the clock that it can hold, as in a server that reads prompts. On the way there the
+# replays of one product differed by up to 13 %.
+BUSY_TOKENS = 256
+BUSY_WARM_UP_US = 200_000
 # The read floor is what few tokens are compared with: it is timed after each number up to this.
 FLOOR_TOKENS = 16
+
+
+class WarmTimer(Protocol):
+    """`time_in_graph`, or a fake in a test."""
+
+    def __call__(self, calls: Sequence[Call], replays: int, warm_up_us: float) -> Times:
+        """Time one call, given one per copy of the weight, after so many microseconds of them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Bench:
     tokens: Sequence[int]
     group_size: int
     replays: int
-    timer: Timer
+    timer: WarmTimer
     device: torch.device
     report: Report
 
@@ -115,6 +134,7 @@ class Bench:
         Long calls heat the GPU and its clock drifts, so those are timed in several turns. All are
         checked before any is timed: the products in fp64 heat it too.
         """
+        warm_up_us = BUSY_WARM_UP_US if x.shape[0] >= BUSY_TOKENS else WARM_UP_US
         times: dict[str, list[Times]] = {}
         errors: dict[str, float] = {}
         for peer, copies in prepared:
@@ -129,7 +149,7 @@ class Bench:
                 if found is None or (turn and found[0].median <= LONG_CALL_US):
                     continue
                 try:
-                    found.append(self._time([_call(weight, x) for weight in copies]))
+                    found.append(self._time([_call(weight, x) for weight in copies], warm_up_us))
                 except Exception as failure:
                     del times[peer.name]
                     self.report.refuse(layer, peer.name, _as_refusal(failure), x.shape[0])
@@ -167,12 +187,12 @@ class Bench:
             if unwanted:
                 self.report.skip(layer, peer.name, unwanted, f"not measured: {peer.limits()}")
 
-    def _time(self, calls: Sequence[Call]) -> Times:
-        """One call, after a rest."""
+    def _time(self, calls: Sequence[Call], warm_up_us: float = WARM_UP_US) -> Times:
+        """One call, after a rest and so many microseconds of calls that do not count."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             time.sleep(PAUSE_SECONDS)
-        return self.timer(calls, self.replays)
+        return self.timer(calls, self.replays, warm_up_us)
 
     def _free(self) -> None:
         """Give memory that nothing holds any more back to the GPU."""

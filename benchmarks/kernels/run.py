@@ -5,14 +5,14 @@
 
 Method: for each contestant and layer, enough copies of the weight that one round over them reads
 at least 1 GiB (no cache holds much of that); a CUDA graph that makes one call per copy, round after
-round until it takes a millisecond, but no more calls than take two; after 0.25 s of rest and 20 ms
-of replays, the median of the timed ones divided by the number of calls, and the least and the
-greatest beside it. So every contestant is timed for the same few ten milliseconds. For each number
-of tokens they follow one another in one process, in several turns where calls are long. The read
-floor is timed first and after each number of tokens up to 16; the median of these counts. Beside
-each time stands the error against the fp64 product of the contestant's own dequantized weights,
-mean |y - expected| / mean |expected|, taken in memory that was full of NaN before. Memory is freed
-between layers, and the result file is written after each.
+round until it takes a millisecond, but no more calls than take two; after 0.1 s of rest and 20 ms
+of replays, from 256 tokens on 200 ms, the median of the timed ones divided by the number of calls,
+and the least and the greatest beside it. So every contestant is timed over the same span. For each
+number of tokens they follow one another in one process, in several turns where calls are long. The
+read floor is timed first and after each number of tokens up to 16; the median of these counts.
+Beside each time stands the error against the fp64 product of the contestant's own dequantized
+weights, mean |y - expected| / mean |expected|, taken in memory that was full of NaN before. Memory
+is freed between layers, and the result file is written after each.
 
 A contestant that cannot run is refused with a reason, which is printed and kept. The status is 1
 if that happened to ours.
@@ -31,7 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
 from benchmarks.kernels.layers import MODEL  # noqa: E402
-from benchmarks.kernels.measure import PAUSE_SECONDS, SEED, TURNS_OF_LONG_CALLS, Bench  # noqa: E402
+from benchmarks.kernels.measure import (  # noqa: E402
+    BUSY_TOKENS,
+    BUSY_WARM_UP_US,
+    PAUSE_SECONDS,
+    SEED,
+    TURNS_OF_LONG_CALLS,
+    Bench,
+    WarmTimer,
+)
 from benchmarks.kernels.options import Options, parse_options  # noqa: E402
 from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
 from benchmarks.kernels.peers.base import Peer  # noqa: E402
@@ -43,13 +51,12 @@ from vllm_nanoquant.kernels.timing import (  # noqa: E402
     LONGEST_GRAPH_US,
     ROTATED_BYTES,
     WARM_UP_US,
-    Timer,
     time_in_graph,
 )
 
 
 def benchmark(
-    options: Options, peers: Sequence[Peer], timer: Timer, device: torch.device, report: Report
+    options: Options, peers: Sequence[Peer], timer: WarmTimer, device: torch.device, report: Report
 ) -> Report:
     """Measure peers on every layer, and write the report after each; what it holds then.
 
@@ -88,6 +95,8 @@ def describe_problem(options: Options) -> dict[str, object]:
         "graph_us": GRAPH_US,
         "longest_graph_us": LONGEST_GRAPH_US,
         "warm_up_us": WARM_UP_US,
+        "busy_tokens": BUSY_TOKENS,
+        "busy_warm_up_us": BUSY_WARM_UP_US,
         "pause_seconds": PAUSE_SECONDS,
         "replays": options.replays,
         "replays_of_long_calls": min(options.replays, LONG_CALL_REPLAYS),

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.kernels import run
 from benchmarks.kernels.layers import LAYERS, Layer
+from benchmarks.kernels.measure import BUSY_WARM_UP_US
 from benchmarks.kernels.options import Options, parse_options
 from benchmarks.kernels.peers import CONTESTANTS, NAMES, load
 from benchmarks.kernels.peers.base import GroupRefused, Peer, Refused, importable
@@ -63,9 +64,11 @@ class FakeTimer:
     def __init__(self):
         self.times = 0
         self.calls = []
+        self.warm_ups = []
 
-    def __call__(self, calls, replays):
+    def __call__(self, calls, replays, warm_up_us):
         self.calls.append([call() for call in calls])
+        self.warm_ups.append(warm_up_us)
         self.times += 1
         return timing.Times(self.times, self.times - 0.5, self.times + 0.25)
 
@@ -158,7 +161,7 @@ def test_contestants_take_turns_where_calls_are_long():
 def test_the_file_is_written_after_each_layer(tmp_path):
     output = tmp_path / "result.json"
 
-    def interrupted(calls, replays):
+    def interrupted(calls, replays, warm_up_us):
         if len(calls[0]()[0]) == NARROW.n:
             raise KeyboardInterrupt
         return timing.Times(1, 1, 1)
@@ -204,9 +207,9 @@ def test_all_are_checked_before_any_is_timed():
     done = []
 
     class Recorder(FakeTimer):
-        def __call__(self, calls, replays):
+        def __call__(self, *arguments):
             done.append("timed")
-            return super().__call__(calls, replays)
+            return super().__call__(*arguments)
 
     def checked(name):
         def prepare(dense, group_size):
@@ -220,6 +223,13 @@ def test_all_are_checked_before_any_is_timed():
     measure([checked("one"), checked("two")], timer=Recorder(), tokens=(1,))
 
     assert done == ["checked", "checked", "timed", "timed"]
+
+
+def test_prompts_are_timed_on_a_busy_gpu():
+    timer = FakeTimer()
+    measure([load("bf16"), peer("ours", 0.0)], timer=timer, tokens=(128, 256), layers=(SMALL,))
+    few, busy = timing.WARM_UP_US, BUSY_WARM_UP_US
+    assert timer.warm_ups == [few, few, busy, busy]
 
 
 def test_defaults_and_quick():

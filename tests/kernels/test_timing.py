@@ -38,6 +38,12 @@ def test_slow_replays_at_first_do_not_count(replays: list[Iterator[float]]) -> N
     assert timing.time_in_graph(CALLS, 9) == timing.Times(100.0, 100.0, 100.0)
 
 
+def test_a_longer_warm_up_can_be_asked_for(replays: list[Iterator[float]]) -> None:
+    """The GPU slows down with the thirtieth replay."""
+    replays.append(chain([ONE_CALL, ONE_ROUND], repeat(1000.0, 30), repeat(1100.0)))
+    assert timing.time_in_graph(CALLS, 9, 10 * timing.WARM_UP_US).median == 110.0
+
+
 def test_a_figure_is_the_median_of_a_call(replays: list[Iterator[float]]) -> None:
     replays.append(iter([ONE_CALL, ONE_ROUND, timing.WARM_UP_US, 110.0, 90.0, 130.0]))
     assert timing.time_in_graph(CALLS, 3) == timing.Times(11.0, 9.0, 13.0)

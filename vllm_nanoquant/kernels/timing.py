@@ -61,12 +61,13 @@ def copies_needed(nbytes: int) -> int:
     return -(-ROTATED_BYTES // nbytes)
 
 
-def time_in_graph(calls: Sequence[Call], replays: int) -> Times:
+def time_in_graph(calls: Sequence[Call], replays: int, warm_up_us: float = WARM_UP_US) -> Times:
     """Time calls by replaying a CUDA graph that makes them in their order, once or more often.
 
     Args:
         calls: one per copy of the weight, which do the same.
         replays: how often the graph is timed; less often when a call takes long.
+        warm_up_us: microseconds of replays before the first that counts, at least.
     """
     calls[0]()
     one_call = _replay(_captured(calls[:1]))
@@ -79,7 +80,7 @@ def time_in_graph(calls: Sequence[Call], replays: int) -> Times:
         graph = _captured(list(calls) * rounds)
     count = len(calls) * rounds
     warm_up = 0.0
-    while warm_up < WARM_UP_US:
+    while warm_up < warm_up_us:
         warm_up += _replay(graph)
     times = [_replay(graph) / count]
     if times[0] > LONG_CALL_US:
