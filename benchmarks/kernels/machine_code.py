@@ -52,7 +52,6 @@ _POINTERS = {
     "scale_ptr": "i16",
     "zero_ptr": "i16",
 }
-_ALWAYS_ALIGNED = (*_POINTERS, "arranged_ptr", "w_ptr", "y_ptr", "scale_stride")
 _LABEL = re.compile(r"\s*(\.L_\S+):")
 _INSTRUCTION = re.compile(
     r"\s/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<operands>[^;]*)"
@@ -220,6 +219,7 @@ def compile_decode(settings: DecodeSettings, tokens: int, variant: Variant) -> M
 def compile_fused(settings: FusedSettings, variant: Variant) -> MachineCode:
     """The kernel of some tens to hundreds of tokens."""
     hopper = variant.architecture == 90
+    block = f"tensordesc<{variant.dtype}[{settings.tokens},{CHUNK // 2}]>"
     code = compile_kernel(
         fused.fused_kernel,
         variant,
@@ -228,14 +228,10 @@ def compile_fused(settings: FusedSettings, variant: Variant) -> MachineCode:
             "TOKENS": settings.tokens,
             "PREFETCH": settings.prefetch,
             "WIDE": fused.FOUR_WIDE.value and not hopper,
-            "WGMMA": hopper,
-            "HALVES": settings.halves,
+            "HOPPER": hopper,
         },
-        {
-            "num_warps": settings.warps,
-            "num_stages": settings.stages,
-            **limit_registers(settings.registers),
-        },
+        {"num_warps": settings.warps, "num_stages": settings.stages},
+        {"arranged": block if hopper else f"*{variant.dtype}"},
     )
     return replace(code, weights=settings.rows * CHUNK)
 
@@ -270,12 +266,17 @@ def compile_search(variant: Variant) -> MachineCode:
 
 
 def compile_kernel(
-    kernel: Any, variant: Variant, constants: Mapping[str, Any], options: dict[str, Any]
+    kernel: Any,
+    variant: Variant,
+    constants: Mapping[str, Any],
+    options: dict[str, Any],
+    types: Mapping[str, str] | None = None,
 ) -> MachineCode:
     """Compile a kernel of ours, or one whose arguments are called as ours are.
 
-    Arguments in lower case that are no pointers are integers of 32 bits. `constants` holds those in
-    upper case that do not follow from the variant, `options` Triton's.
+    Arguments in lower case that are no pointers are integers of 32 bits, unless `types` names
+    another type as Triton does. `constants` holds those in upper case that do not follow from the
+    variant, `options` Triton's.
     """
     # As `launch_options` has it: kernels may overlap from SM90 on.
     overlap = variant.architecture >= 90
@@ -289,14 +290,14 @@ def compile_kernel(
     constants = {**constants, **{name: common[name] for name in common if name in kernel.arg_names}}
     if overlap and "PDL" in constants:
         options = options | {"launch_pdl": True}
-    signature = {
-        name: "constexpr" if name in constants else _type(name, variant.dtype)
-        for name in kernel.arg_names
-    }
+    known = dict.fromkeys(constants, "constexpr") | dict(types or {})
+    signature = {name: known.get(name) or _type(name, variant.dtype) for name in kernel.arg_names}
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, parameter in enumerate(kernel.params)
-        if variant.aligned and parameter.name not in constants and not parameter.do_not_specialize
+        if variant.aligned
+        and not signature[parameter.name].startswith(("constexpr", "tensordesc"))
+        and not parameter.do_not_specialize
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),

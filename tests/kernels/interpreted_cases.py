@@ -150,8 +150,7 @@ class Cut(FusedSettings):
 
 
 def fused_settings(rows: int, tokens: int, programs: int) -> FusedSettings:
-    halves = programs != 2
-    settings = Cut(1024, rows, tokens, warps=4, stages=1, per_multiprocessor=1, halves=halves)
+    settings = Cut(1024, rows, tokens, warps=4, stages=1, per_multiprocessor=1)
     object.__setattr__(settings, "count", programs)
     return settings
 

@@ -15,7 +15,7 @@ import torch
 from tests.kernels.problem import TOLERANCE, Problem, mean_relative_error, random_problem
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.ops import DECODE_LIMIT, w4a16, warm_up
-from vllm_nanoquant.kernels.settings import FusedSettings, has_wgmma
+from vllm_nanoquant.kernels.settings import FusedSettings, is_hopper
 from vllm_nanoquant.quantize.groups import WHOLE_ROW, slice_columns
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 
@@ -132,13 +132,13 @@ def test_tensor_cores_never_read_the_next_weights(tokens: int) -> None:
 
 
 def every_fused_setting(tokens: int) -> list[FusedSettings]:
-    rows_warps = [(64, 4), (128, 4), (128, 8)] if has_wgmma(torch.device("cuda", 0)) else [(128, 4)]
+    rows_warps = [(64, 4), (128, 4), (128, 8)] if is_hopper(torch.device("cuda", 0)) else [(128, 4)]
     width = 64 if tokens > 32 else 32
     return [
-        FusedSettings(1024, rows, width, warps, 3, programs, halves=halves)
+        FusedSettings(1024, rows, width, warps, 3, programs, prefetch)
         for rows, warps in rows_warps
         for programs in (1, 2, 3)
-        for halves in (False, True)
+        for prefetch in (False, True)
     ]
 
 

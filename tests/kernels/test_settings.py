@@ -15,7 +15,6 @@ from vllm_nanoquant.kernels import settings
 from vllm_nanoquant.kernels.layout import ARRIVALS_PER_BLOCK, RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
     FUSED_LIMIT,
-    FusedSettings,
     Gpu,
     decode_rule,
     decode_settings,
@@ -43,13 +42,12 @@ def test_the_rule_covers_every_chunk_and_leaves_no_part_empty(
     n=st.integers(1, 140_000),
     tokens=st.integers(1, FUSED_LIMIT),
     chunks=st.integers(1, 300),
-    chosen=st.sampled_from(
-        settings._HOPPER_FUSED + settings._SMALL_HOPPER_FUSED + settings._AMPERE_FUSED
-    ),
+    gpu=st.sampled_from(GPUS),
 )
-def test_fused_programs_and_counters(
-    n: int, tokens: int, chunks: int, chosen: FusedSettings
-) -> None:
+def test_fused_programs_and_counters(n: int, tokens: int, chunks: int, gpu: Gpu) -> None:
+    steps = settings._fused_table(gpu, n, 128 * chunks)
+    assert [each.up_to for each in steps] == sorted(each.up_to for each in steps)
+    chosen = next((each for each in steps if tokens <= each.up_to), steps[-1])
     programs = chosen.programs(n, tokens, chunks, CPU)
     tiles = -(-n // chosen.rows) * -(-tokens // chosen.tokens)
     assert 1 <= programs <= tiles * chunks

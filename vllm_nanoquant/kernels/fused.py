@@ -3,7 +3,8 @@
 
 Words come through shared memory, a few chunks ahead, or, where x needs that memory (PREFETCH),
 straight into registers, one chunk ahead. They become weights in bf16, already in the order of the
-left operand, and are multiplied with a tile of x from shared memory. The work is y in tiles of
+left operand, and are multiplied with a tile of x from shared memory, where Hopper's copy engine
+(TMA) puts it; elsewhere each lane copies its part. The work is y in tiles of
 ROWS x TOKENS times the chunks of K that each needs, counted tile by tile, and cut into equal runs,
 one per program:
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vllm_nanoquant.kernels.fragments import (
     FOUR_WIDE,
@@ -37,9 +39,8 @@ from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import (
     FusedSettings,
     fused_settings,
-    has_wgmma,
+    is_hopper,
     launch_options,
-    limit_registers,
 )
 from vllm_nanoquant.kernels.weights import half_weights
 
@@ -115,26 +116,6 @@ def left_operand(
 
 
 @triton.jit
-def whole_left_operand(
-    words_0: tl.tensor,
-    words_1: tl.tensor,
-    scales: tl.tensor,
-    T: tl.constexpr,
-    PER_CHUNK: tl.constexpr,
-    WIDE: tl.constexpr,
-    dtype: tl.constexpr,
-) -> tl.tensor:
-    """Weights [16 * T, 128] of a chunk, columns in the order of `arrange_kernel`."""
-    first = half_weights(words_0, scales, 0, T, PER_CHUNK, dtype)
-    second = half_weights(words_1, scales, 1, T, PER_CHUNK, dtype)
-    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2, half
-    weights = tl.reshape(tl.join(first, second), (T, 8, 4, 2, 2, 2, 2, 2, 2))
-    wide = tl.permute(weights, (0, 4, 1, 8, 7, 6, 2, 3, 5))
-    narrow = tl.permute(weights, (0, 4, 1, 8, 7, 6, 3, 2, 5))
-    return tl.reshape(wide if WIDE else narrow, (T * 16, 128))
-
-
-@triton.jit
 def store_tile(
     y: tl.tensor,
     y_ptr: tl.tensor,
@@ -157,7 +138,7 @@ def store_tile(
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
 def fused_kernel(
-    arranged_ptr: tl.tensor,
+    arranged: tl.tensor,
     words_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -175,17 +156,16 @@ def fused_kernel(
     TOKENS: tl.constexpr,
     PREFETCH: tl.constexpr,
     WIDE: tl.constexpr,
-    WGMMA: tl.constexpr,
-    HALVES: tl.constexpr,
+    HOPPER: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Write y [tokens, N] = x @ W.T + bias; x as `arrange_kernel` leaves it.
 
-    Words, scales and arrivals as in `RuntimeWeight`; partial is fp32 [programs, 2, TOKENS, ROWS].
+    With HOPPER, arranged is a descriptor, see `in_blocks`, otherwise a pointer. Words, scales and
+    arrivals as in `RuntimeWeight`; partial is fp32 [programs, 2, TOKENS, ROWS].
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     T: tl.constexpr = ROWS // 16
-    COLUMNS: tl.constexpr = 64 if HALVES else 128
     # 64 bits: units times programs is beyond 32.
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
@@ -204,8 +184,9 @@ def fused_kernel(
             tile = tl.minimum(tile, tl.cdiv(n, 64) * 4 - 1)
         words_at = words_ptr + word_offsets(tile, chunks)
         scales_at = scales_ptr + scale_offsets(tile, PER_CHUNK)
-        x_at = arranged_ptr + first_token * 128
-        x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, COLUMNS)[None, :]
+        if not HOPPER:
+            x_at = arranged + first_token * 128
+            x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, 64)[None, :]
         y = tl.zeros((ROWS, TOKENS), tl.float32)
         if PREFETCH:
             next_0, next_1, next_s = load_chunk(words_at, scales_at, start, tile >= 0, scale_stride)
@@ -223,22 +204,19 @@ def fused_kernel(
                 words_0 = tl.load(words_at + chunk * 1024)
                 words_1 = tl.load(words_at + chunk * 1024 + 128)
                 scales = load_scales(scales_at + chunk * scale_stride, tile >= 0)
-            x_0 = tl.load(x_at + chunk * padded_tokens * 128)
-            if HALVES:
-                x_1 = tl.load(x_at + chunk * padded_tokens * 128 + 64)
-            if WGMMA:
+            if HOPPER:
+                x_0 = arranged.load([chunk * padded_tokens + first_token, 0])
+                x_1 = arranged.load([chunk * padded_tokens + first_token, 64])
                 words_0 = after_tensor_cores(words_0)
                 words_1 = after_tensor_cores(words_1)
-            if HALVES:
-                # The second can be unpacked while the first is multiplied.
-                weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
-                y = tl.dot(weights, tl.trans(x_0), y)
-                weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
-                y = tl.dot(weights, tl.trans(x_1), y)
             else:
-                # Few tokens: one product takes less time than unpacking half a chunk.
-                weights = whole_left_operand(words_0, words_1, scales, T, PER_CHUNK, WIDE, dtype)
-                y = tl.dot(weights, tl.trans(x_0), y)
+                x_0 = tl.load(x_at + chunk * padded_tokens * 128)
+                x_1 = tl.load(x_at + chunk * padded_tokens * 128 + 64)
+            # In halves: the second can be unpacked while the first is multiplied.
+            weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
+            y = tl.dot(weights, tl.trans(x_0), y)
+            weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
+            y = tl.dot(weights, tl.trans(x_1), y)
         row = row_block * ROWS + tl.arange(0, ROWS)
         token = first_token + tl.arange(0, TOKENS)
         if (start == 0) & (end == chunks):
@@ -264,7 +242,7 @@ def fused_kernel(
 
 def is_wide(device: torch.device) -> bool:
     """Whether 4 neighbours of K go to a lane in the left operand that the kernel there is given."""
-    return bool(FOUR_WIDE.value) and not has_wgmma(device)
+    return bool(FOUR_WIDE.value) and not is_hopper(device)
 
 
 def arrange(x: torch.Tensor, chunks: int, padded_rows: int, group_offset: int) -> torch.Tensor:
@@ -283,6 +261,13 @@ def arrange(x: torch.Tensor, chunks: int, padded_rows: int, group_offset: int) -
         **launch_options(x.device, num_warps=4, num_stages=1),
     )
     return arranged
+
+
+def in_blocks(arranged: torch.Tensor, settings: FusedSettings) -> TensorDescriptor:
+    """Describe x [chunks, rows, 128] to Hopper's copy engine, in blocks for half a chunk."""
+    chunks, rows, columns = arranged.shape
+    block = [settings.tokens, columns // 2]
+    return TensorDescriptor(arranged, [chunks * rows, columns], [columns, 1], block)
 
 
 def fused(
@@ -306,8 +291,9 @@ def fused(
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)
     partial_shape = (programs, 2, chosen.tokens, chosen.rows)
     partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
+    hopper = is_hopper(device)
     fused_kernel[(programs,)](
-        arranged,
+        in_blocks(arranged, chosen) if hopper else arranged,
         weight.words,
         weight.scales,
         bias,
@@ -325,9 +311,7 @@ def fused(
         TOKENS=chosen.tokens,
         PREFETCH=chosen.prefetch,
         WIDE=is_wide(device),
-        WGMMA=has_wgmma(device),
-        HALVES=chosen.halves,
+        HOPPER=hopper,
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
-        **limit_registers(chosen.registers),
     )
     return y

@@ -22,19 +22,14 @@ import triton.language as tl
 
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.fragments import load_scales, scale_offsets, word_offsets
-from vllm_nanoquant.kernels.fused import (
-    after_tensor_cores,
-    arrange,
-    is_wide,
-    left_operand,
-    whole_left_operand,
-)
+from vllm_nanoquant.kernels.fused import after_tensor_cores, arrange, is_wide, left_operand
 from vllm_nanoquant.kernels.layout import ceil_div
 from vllm_nanoquant.kernels.moe import GROUPED_TOKENS, decode_limit
 from vllm_nanoquant.kernels.moe_gate import gated
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, local_experts
 from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
-from vllm_nanoquant.kernels.settings import has_wgmma, launch_options
+from vllm_nanoquant.kernels.settings import is_hopper, launch_options
+from vllm_nanoquant.kernels.weights import half_weights
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ _AMPERE_SETTINGS = (
 
 def grouped_choices(device: torch.device) -> tuple[GroupedSettings, ...]:
     """All settings for a GPU, for ever more pairs per expert."""
-    return _SETTINGS if has_wgmma(device) else _AMPERE_SETTINGS
+    return _SETTINGS if is_hopper(device) else _AMPERE_SETTINGS
 
 
 def grouped_settings(
@@ -86,6 +81,26 @@ def grouped_buckets(experts: int, top_k: int, device: torch.device) -> tuple[int
     return tuple(
         min(max(least, average * experts // top_k), GROUPED_TOKENS) for average in averages
     )
+
+
+@triton.jit
+def whole_left_operand(
+    words_0: tl.tensor,
+    words_1: tl.tensor,
+    scales: tl.tensor,
+    T: tl.constexpr,
+    PER_CHUNK: tl.constexpr,
+    WIDE: tl.constexpr,
+    dtype: tl.constexpr,
+) -> tl.tensor:
+    """Weights [16 * T, 128] of a chunk, columns in the order of `arrange_kernel`."""
+    first = half_weights(words_0, scales, 0, T, PER_CHUNK, dtype)
+    second = half_weights(words_1, scales, 1, T, PER_CHUNK, dtype)
+    # tile, row % 8, lane's c, i / 2 % 2, row / 8, i % 2, i / 4, plane / 2, half
+    weights = tl.reshape(tl.join(first, second), (T, 8, 4, 2, 2, 2, 2, 2, 2))
+    wide = tl.permute(weights, (0, 4, 1, 8, 7, 6, 2, 3, 5))
+    narrow = tl.permute(weights, (0, 4, 1, 8, 7, 6, 3, 2, 5))
+    return tl.reshape(wide if WIDE else narrow, (T * 16, 128))
 
 
 @triton.jit
@@ -233,7 +248,7 @@ def _product(
         TOKENS=chosen.tokens,
         HALVES=chosen.halves,
         WIDE=is_wide(device),
-        WGMMA=has_wgmma(device),
+        WGMMA=is_hopper(device),
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
     )
 

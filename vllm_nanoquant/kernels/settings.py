@@ -80,10 +80,6 @@ class FusedSettings:
     """Programs that run at once on a multiprocessor."""
     prefetch: bool = False
     """Words come straight into registers, not through shared memory."""
-    halves: bool = True
-    """Two products per chunk, not one: half is unpacked while the other half is multiplied."""
-    registers: int = 0
-    """Most registers per thread, so that more programs run at once; 0: as the compiler likes."""
 
     def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
         """Number of equal runs that the work is cut into.
@@ -120,8 +116,8 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def has_wgmma(device: torch.device) -> bool:
-    """Whether Triton multiplies with Hopper's asynchronous matrix instruction there."""
+def is_hopper(device: torch.device) -> bool:
+    """Whether Triton multiplies with Hopper's asynchronous instruction and TMA copies tiles."""
     return gpu_of(device).capability[0] == 9
 
 
@@ -239,21 +235,25 @@ def decode_rule(gpu: Gpu, n: int, chunks: int) -> DecodeSettings:
     return DecodeSettings(1, 1, *_MANY)
 
 
-_HOPPER_FUSED = (
-    FusedSettings(32, rows=128, tokens=32, warps=4, stages=3, per_multiprocessor=2, halves=False),
-    FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3),
-    FusedSettings(256, rows=128, tokens=128, warps=8, stages=3, per_multiprocessor=1),
-    FusedSettings(1024, 128, 256, warps=8, stages=3, per_multiprocessor=1, prefetch=True),
-)
-# A weight with fewer elements has too few tiles for 128 rows each, and from 257 tokens on it is
-# better dequantized.
+# From 257 tokens on a weight with fewer elements is better dequantized.
 _SMALL_ON_HOPPER = 30_000_000
-_SMALL_HOPPER_FUSED = (
-    FusedSettings(32, rows=64, tokens=32, warps=4, stages=4, per_multiprocessor=3),
-    *_HOPPER_FUSED[1:-1],
-)
 # One warp's tile of a matrix instruction without asynchrony; shared memory of SM86 holds two.
 _AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_multiprocessor=2),)
+
+
+def hopper_rule(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
+    """Settings for a weight [N, K] that was not measured; between them they cover FUSED_LIMIT.
+
+    As what was measured has it: tiles of 128 tokens run one per multiprocessor where there are not
+    more, with more of x and W in flight.
+    """
+    few = n <= 64 * gpu.multiprocessors
+    stages, programs = (4, 1) if few else (3, 2)
+    up_to_64 = (FusedSettings(32, 64, 32, 4, 5, 3), FusedSettings(64, 64, 64, 4, 3, 3))
+    middle = FusedSettings(128, 64, 128, 4, stages, programs)
+    if n * k < _SMALL_ON_HOPPER:
+        return (*up_to_64, replace(middle, up_to=256))
+    return (*up_to_64, middle, FusedSettings(1024, 128, 256, 8, 3, 1, prefetch=True))
 
 
 @functools.cache
@@ -263,7 +263,7 @@ def _fused_table(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
         return tuple(FusedSettings(**each) for each in entries)
     if gpu.capability[0] != 9:
         return _AMPERE_FUSED
-    return _SMALL_HOPPER_FUSED if n * k < _SMALL_ON_HOPPER else _HOPPER_FUSED
+    return hopper_rule(gpu, n, k)
 
 
 def fused_limit(weight: RuntimeWeight, device: torch.device) -> int:

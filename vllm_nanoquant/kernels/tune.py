@@ -54,17 +54,20 @@ LONG = {(2, 1): (128, 152), (2, 2): (152, 168), (4, 1): (208, 216)}
 IMBALANCE = 1.22
 # Launches for up to 16 tokens are measured for cuts within this factor of the best up to 8.
 WORTH_MORE = 1.1
-# Rows, tokens, warps, stages, programs per multiprocessor, prefetch, halves, registers.
+# Rows, tokens, warps, stages, programs per multiprocessor, prefetch.
 HOPPER = (
-    (64, 32, 4, 4, 3),
-    (128, 32, 4, 3, 2, False, False),
+    (64, 32, 4, 4, 4),
+    (64, 32, 4, 5, 3),
+    (128, 32, 4, 3, 2),
     (64, 64, 4, 3, 3),
-    (128, 64, 4, 3, 2),
-    (128, 64, 8, 3, 2, True, True, 128),
+    (64, 64, 4, 4, 2),
+    (64, 64, 4, 5, 2),
+    (128, 64, 8, 3, 2),
     (64, 128, 4, 3, 2),
-    (64, 128, 4, 2, 3, False, True, 168),
     (64, 128, 4, 4, 1),
+    (64, 128, 4, 5, 1),
     (128, 128, 8, 3, 1),
+    (128, 128, 8, 4, 1),
     (128, 256, 8, 3, 1, True),
 )
 AMPERE = ((64, 32, 4, 2, 3), (128, 32, 4, 2, 2), (128, 32, 4, 3, 1), (128, 64, 8, 2, 1))
