@@ -19,13 +19,7 @@ from benchmarks.kernels.peers.base import Peer, Refused, Weight, prepare_largest
 from benchmarks.kernels.peers.read_floor import packed_words
 from benchmarks.kernels.report import Report
 from vllm_nanoquant.kernels.accuracy import relative_error
-from vllm_nanoquant.kernels.timing import (
-    LONG_CALL_US,
-    WARM_UP_US,
-    Call,
-    Times,
-    copies_needed,
-)
+from vllm_nanoquant.kernels.timing import LONG_CALL_US, WARM_UP_US, Call, Times, copies_needed
 
 SEED = 0
 # As of a model's weights; it decides nothing but that no scale is 0.

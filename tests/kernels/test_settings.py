@@ -18,6 +18,7 @@ from vllm_nanoquant.kernels.settings import (
     Gpu,
     decode_rule,
     decode_settings,
+    hopper_rule,
 )
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 
@@ -52,6 +53,17 @@ def test_fused_programs_and_counters(n: int, tokens: int, chunks: int, gpu: Gpu)
     tiles = -(-n // chosen.rows) * -(-tokens // chosen.tokens)
     assert 1 <= programs <= tiles * chunks
     assert tiles <= -(-n // 64) * ARRIVALS_PER_BLOCK
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "programs", "most_tokens"),
+    [(22656, 4480, 2, 1024), (4480, 10240, 1, 1024), (7168, 4480, 1, 1024), (4480, 5120, 1, 256)],
+)
+def test_the_rule_for_hundreds_of_tokens(n: int, k: int, programs: int, most_tokens: int) -> None:
+    """Programs at once for 65 to 128 tokens, and where dequantizing begins."""
+    steps = hopper_rule(H200, n, k)
+    assert next(each.per_multiprocessor for each in steps if each.up_to >= 128) == programs
+    assert steps[-1].up_to == most_tokens
 
 
 @pytest.mark.parametrize(

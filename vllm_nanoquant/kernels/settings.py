@@ -242,18 +242,23 @@ _AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_
 
 
 def hopper_rule(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
-    """Settings for a weight [N, K] that was not measured; between them they cover FUSED_LIMIT.
+    """Settings for a weight [N, K] that was not measured, for ever more tokens.
 
-    As what was measured has it: tiles of 128 tokens run one per multiprocessor where there are not
-    more, with more of x and W in flight.
+    They follow those that were: a multiprocessor runs one tile of 128 tokens where there are not
+    more tiles, with more of x and W in flight, and two otherwise.
     """
-    few = n <= 64 * gpu.multiprocessors
-    stages, programs = (4, 1) if few else (3, 2)
-    up_to_64 = (FusedSettings(32, 64, 32, 4, 5, 3), FusedSettings(64, 64, 64, 4, 3, 3))
-    middle = FusedSettings(128, 64, 128, 4, stages, programs)
+    up_to_64 = (
+        FusedSettings(32, rows=64, tokens=32, warps=4, stages=5, per_multiprocessor=3),
+        FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3),
+    )
+    if n <= 64 * gpu.multiprocessors:
+        more = FusedSettings(128, rows=64, tokens=128, warps=4, stages=4, per_multiprocessor=1)
+    else:
+        more = FusedSettings(128, rows=64, tokens=128, warps=4, stages=3, per_multiprocessor=2)
     if n * k < _SMALL_ON_HOPPER:
-        return (*up_to_64, replace(middle, up_to=256))
-    return (*up_to_64, middle, FusedSettings(1024, 128, 256, 8, 3, 1, prefetch=True))
+        return (*up_to_64, replace(more, up_to=256))
+    most = FusedSettings(1024, 128, 256, warps=8, stages=3, per_multiprocessor=1, prefetch=True)
+    return (*up_to_64, more, most)
 
 
 @functools.cache
