@@ -57,7 +57,7 @@ def compile_grouped(
         "TOKENS": settings.tokens,
         "HALVES": settings.halves,
         "WIDE": FOUR_WIDE.value and not hopper,
-        "WGMMA": hopper,
+        "HOPPER": hopper,
     }
     options = {"num_warps": settings.warps, "num_stages": settings.stages}
     code = compile_kernel(moe_grouped.grouped_kernel, variant, constants, options)

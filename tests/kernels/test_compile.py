@@ -312,11 +312,7 @@ def test_operands_stay_intact_on_hopper(
         assert "wgmma.wait_group.sync.aligned 0; mov" in code.ptx, f"{chosen}: no wait in the PTX"
         found = overwritten_operands(code.loop)
         assert not found, f"{chosen}: written too early: {found}; {code.summary()}"
-        if chosen.rows * chosen.tokens < 128 * 256 or group_size == 128:
-            assert not code.loop_spills, f"{chosen}: {code.summary()}"
-        else:
-            # All 255 registers are taken: one address comes from local memory.
-            assert code.counts["LDL"] <= 1 and not code.counts["STL"], f"{chosen}: {code.summary()}"
+        assert not code.loop_spills, f"{chosen}: {code.summary()}"
 
 
 @triton.jit

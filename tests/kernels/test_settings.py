@@ -48,11 +48,11 @@ def test_the_rule_covers_every_chunk_and_leaves_no_part_empty(
 def test_fused_programs_and_counters(n: int, tokens: int, chunks: int, gpu: Gpu) -> None:
     steps = settings._fused_table(gpu, n, 128 * chunks)
     assert [each.up_to for each in steps] == sorted(each.up_to for each in steps)
-    chosen = next((each for each in steps if tokens <= each.up_to), steps[-1])
-    programs = chosen.programs(n, tokens, chunks, CPU)
-    tiles = -(-n // chosen.rows) * -(-tokens // chosen.tokens)
-    assert 1 <= programs <= tiles * chunks
-    assert tiles <= -(-n // 64) * ARRIVALS_PER_BLOCK
+    for chosen in steps:
+        programs = chosen.programs(n, tokens, chunks, CPU)
+        tiles = -(-n // chosen.rows) * -(-tokens // chosen.tokens)
+        assert 1 <= programs <= tiles * chunks
+        assert tiles <= -(-n // 64) * ARRIVALS_PER_BLOCK
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def grouped_kernel(
     TOKENS: tl.constexpr,
     HALVES: tl.constexpr,
     WIDE: tl.constexpr,
-    WGMMA: tl.constexpr,
+    HOPPER: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Write y [pairs, N], row p the product of x's row p // SHARED_BY with the pair's expert.
@@ -183,7 +183,7 @@ def grouped_kernel(
             x_0 = tl.load(x_at + chunk * rows * 128, mask=exists, other=0.0)
             if HALVES:
                 x_1 = tl.load(x_at + chunk * rows * 128 + 64, mask=exists, other=0.0)
-            if WGMMA:
+            if HOPPER:
                 words_0 = after_tensor_cores(words_0)
                 words_1 = after_tensor_cores(words_1)
             if HALVES:
@@ -248,7 +248,7 @@ def _product(
         TOKENS=chosen.tokens,
         HALVES=chosen.halves,
         WIDE=is_wide(device),
-        WGMMA=is_hopper(device),
+        HOPPER=is_hopper(device),
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
     )
 

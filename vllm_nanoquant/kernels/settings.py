@@ -106,6 +106,11 @@ class Gpu(NamedTuple):
         """Name of its table: sm86, sm90."""
         return f"sm{self.capability[0]}{self.capability[1]}"
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether Triton multiplies with Hopper's asynchronous instruction, and TMA is used."""
+        return self.capability[0] == 9
+
 
 @functools.cache
 def gpu_of(device: torch.device) -> Gpu:
@@ -117,8 +122,8 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether Triton multiplies with Hopper's asynchronous instruction and TMA copies tiles."""
-    return gpu_of(device).capability[0] == 9
+    """Whether it is a Hopper GPU."""
+    return gpu_of(device).is_hopper
 
 
 def launch_options(device: torch.device, num_warps: int, num_stages: int) -> dict[str, Any]:
@@ -266,9 +271,7 @@ def _fused_table(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
     entries = _entry(gpu, n, k).get("fused")
     if entries is not None:
         return tuple(FusedSettings(**each) for each in entries)
-    if gpu.capability[0] != 9:
-        return _AMPERE_FUSED
-    return hopper_rule(gpu, n, k)
+    return hopper_rule(gpu, n, k) if gpu.is_hopper else _AMPERE_FUSED
 
 
 def fused_limit(weight: RuntimeWeight, device: torch.device) -> int:

@@ -108,11 +108,8 @@ def decode_candidates(gpu: Gpu, n: int, chunks: int) -> list[tuple[int, int]]:
 
 def fused_candidates(gpu: Gpu, up_to: int) -> list[FusedSettings]:
     """Settings of `fused` that may suit a number of tokens."""
-    all_settings = HOPPER if gpu.capability[0] == 9 else AMPERE
-    suited = [each for each in all_settings if each[1] <= max(32, up_to)]
-    if gpu.capability[0] == 9:
-        suited = [each for each in suited if each[1] >= min(up_to, 512) / 4]
-    return [FusedSettings(up_to, *each) for each in suited]
+    every, least = (HOPPER, min(up_to, 512) / 4) if gpu.is_hopper else (AMPERE, 0)
+    return [FusedSettings(up_to, *each) for each in every if least <= each[1] <= max(32, up_to)]
 
 
 def share_registers(gpu: Gpu, programs: int, warps: int, least: int, most: int) -> int:
