@@ -19,7 +19,14 @@ from benchmarks.kernels.peers.base import Peer, Refused, Weight, prepare_largest
 from benchmarks.kernels.peers.read_floor import packed_words
 from benchmarks.kernels.report import Report
 from vllm_nanoquant.kernels.accuracy import relative_error
-from vllm_nanoquant.kernels.timing import LONG_CALL_US, WARM_UP_US, Call, Times, copies_needed
+from vllm_nanoquant.kernels.timing import (
+    LONG_CALL_US,
+    WARM_UP_US,
+    Call,
+    Times,
+    copies_needed,
+    warm_up_for,
+)
 
 SEED = 0
 # As of a model's weights; it decides nothing but that no scale is 0.
@@ -29,11 +36,6 @@ TURNS_OF_LONG_CALLS = 3
 # Idle before each contestant is timed, so that none finds the GPU as hot and slow as the one before
 # or the products in fp64 have left it.
 PAUSE_SECONDS = 0.1
-# From this many tokens on a GPU has multiplied for this long when a product is timed, and an H200
-# slowed down to the clock that it can hold, as in a server that reads prompts. On the way there the
-# replays of one product differed by up to 13 %.
-BUSY_TOKENS = 256
-BUSY_WARM_UP_US = 200_000
 # The read floor is what few tokens are compared with: it is timed after each number up to this.
 FLOOR_TOKENS = 16
 
@@ -128,7 +130,7 @@ class Bench:
         Long calls heat the GPU and its clock drifts, so those are timed in several turns. All are
         checked before any is timed: the products in fp64 heat it too.
         """
-        warm_up_us = BUSY_WARM_UP_US if x.shape[0] >= BUSY_TOKENS else WARM_UP_US
+        warm_up_us = warm_up_for(x.shape[0])
         times: dict[str, list[Times]] = {}
         errors: dict[str, float] = {}
         for peer, copies in prepared:

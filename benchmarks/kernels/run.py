@@ -32,8 +32,6 @@ sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the pat
 
 from benchmarks.kernels.layers import MODEL  # noqa: E402
 from benchmarks.kernels.measure import (  # noqa: E402
-    BUSY_TOKENS,
-    BUSY_WARM_UP_US,
     PAUSE_SECONDS,
     SEED,
     TURNS_OF_LONG_CALLS,
@@ -45,6 +43,8 @@ from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
 from benchmarks.kernels.peers.base import Peer  # noqa: E402
 from benchmarks.kernels.report import Report, describe_device, versions  # noqa: E402
 from vllm_nanoquant.kernels.timing import (  # noqa: E402
+    BUSY_TOKENS,
+    BUSY_WARM_UP_US,
     GRAPH_US,
     LONG_CALL_REPLAYS,
     LONG_CALL_US,

@@ -12,7 +12,6 @@ import torch
 
 from benchmarks.kernels import run
 from benchmarks.kernels.layers import LAYERS, Layer
-from benchmarks.kernels.measure import BUSY_WARM_UP_US
 from benchmarks.kernels.options import Options, parse_options
 from benchmarks.kernels.peers import CONTESTANTS, NAMES, load
 from benchmarks.kernels.peers.base import GroupRefused, Peer, Refused, importable
@@ -228,7 +227,7 @@ def test_all_are_checked_before_any_is_timed():
 def test_prompts_are_timed_on_a_busy_gpu():
     timer = FakeTimer()
     measure([load("bf16"), peer("ours", 0.0)], timer=timer, tokens=(128, 256), layers=(SMALL,))
-    few, busy = timing.WARM_UP_US, BUSY_WARM_UP_US
+    few, busy = timing.WARM_UP_US, timing.BUSY_WARM_UP_US
     assert timer.warm_ups == [few, few, busy, busy]
 
 
