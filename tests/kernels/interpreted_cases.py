@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import guarded, guarded_empty
-from tests.kernels.problem import Problem, mean_relative_error, random_problem
+from tests.kernels.problem import FewPrograms, Problem, mean_relative_error, random_problem
 from vllm_nanoquant.kernels import decode as decode_module
 from vllm_nanoquant.kernels import prefill as prefill_module
 from vllm_nanoquant.kernels.decode import decode
@@ -140,19 +140,8 @@ def test_a_row_of_nan_stays_in_its_row(at_end: bool) -> None:
     assert torch.equal(poisoned[[0, 1, 3, 4]], y[[0, 1, 3, 4]])
 
 
-class Cut(FusedSettings):
-    """Settings with a number of programs of their own."""
-
-    count: int = 1
-
-    def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
-        return self.count
-
-
 def fused_settings(rows: int, tokens: int, programs: int) -> FusedSettings:
-    settings = Cut(1024, rows, tokens, warps=4, stages=1, per_multiprocessor=1)
-    object.__setattr__(settings, "count", programs)
-    return settings
+    return FewPrograms(1024, rows, tokens, warps=4, stages=1, per_multiprocessor=programs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,7 +159,7 @@ def test_fused(
     assert not arguments[1].arrivals.any()
 
 
-@pytest.mark.parametrize("programs", [1, 5, 16])
+@pytest.mark.parametrize("programs", [1, 2, 4, 5, 6, 16])
 def test_fused_however_the_work_is_cut(programs: int, at_end: bool) -> None:
     problem = random_problem(40, 150, 500, 64, 32)
     x, weight, _ = guard(problem, at_end)

@@ -9,6 +9,7 @@ import torch
 
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.reference import dequantize
+from vllm_nanoquant.kernels.settings import FusedSettings, Work
 from vllm_nanoquant.quantize.groups import QuantizedWeight, group_count, pack_nibbles
 
 # Mean |y - expected| / mean |expected| that any implementation may reach with bf16 tokens.
@@ -30,6 +31,16 @@ def random_weight(
     zero_point = (-15 * torch.rand(shape, device=device)).to(torch.bfloat16)
     packed = pack_nibbles(q)
     return QuantizedWeight(packed, scale, zero_point, group_size, in_features, group_offset)
+
+
+class FewPrograms(FusedSettings):
+    """As many programs as `per_multiprocessor` says, whatever the GPU, that share what they can."""
+
+    def share_out(self, tiles: int, chunks: int, multiprocessors: int) -> Work:
+        """Tiles of its own for each program, and all of them for the rest."""
+        programs = self.per_multiprocessor
+        own, rest = divmod(tiles, programs)
+        return Work(programs, own, max(1, min(programs, rest * chunks)))
 
 
 @dataclass

@@ -315,6 +315,17 @@ def test_operands_stay_intact_on_hopper(
         assert not code.loop_spills, f"{chosen}: {code.summary()}"
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_parts_of_tiles_are_stored_as_lanes_hold_them(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through shared memory goes what the counter gave, and the result, in 16 bits."""
+    for chosen in fused_settings(monkeypatch, 90, 128, LAYERS):
+        code = compile_fused(chosen, Variant(90, dtype))
+        stores = [each for each in code.instructions if each.kind == "STS"]
+        assert len(stores) == 1, f"{chosen}: {stores}"
+
+
 @triton.jit
 def unguarded_kernel(words_ptr, x_ptr, y_ptr, chunks):
     """One product per chunk, its left operand made in registers, and nothing that waits."""

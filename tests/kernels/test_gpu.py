@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-from tests.kernels.problem import TOLERANCE, Problem, mean_relative_error, random_problem
+from tests.kernels.problem import (
+    TOLERANCE,
+    FewPrograms,
+    Problem,
+    mean_relative_error,
+    random_problem,
+)
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.ops import DECODE_LIMIT, w4a16, warm_up
-from vllm_nanoquant.kernels.settings import FusedSettings, is_hopper
+from vllm_nanoquant.kernels.settings import FUSED_LIMIT, FusedSettings, is_hopper
 from vllm_nanoquant.quantize.groups import WHOLE_ROW, slice_columns
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 
@@ -32,7 +39,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 100, 300, 1100)
+TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 100, 300, 1100, 2100)
 # N, K, group size, group offset: Nemotron-Nano-9B-v2, its down_proj on rank 1 of 2, and odd ones.
 SHAPES = [
     (22656, 4480, 128, 0),
@@ -94,7 +101,7 @@ def test_accuracy(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 def test_accuracy_of_odd_shapes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    check_accuracy(shape, dtype, (1, 7, 16, 17, 100, 1100))
+    check_accuracy(shape, dtype, (1, 7, 16, 17, 100, 200, 1100))
 
 
 def test_tensor_cores_keep_subnormals() -> None:
@@ -131,6 +138,27 @@ def test_tensor_cores_never_read_the_next_weights(tokens: int) -> None:
         assert all(torch.equal(each, results[0]) for each in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(129, 131, 64, 32), (1000, 2049, 128, 77)])
+def test_fused_however_odd_shapes_are_cut(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    """Programs with tiles of their own, with parts of one or of several, and with none."""
+    problem = cuda_problem(200, *shape, bias=True, dtype=dtype)
+    x, weight, bias = problem.arguments()
+    expected = problem.expected()
+    tiles = [(64, 32, 4), (128, 64, 8)]
+    if is_hopper(x.device):
+        tiles += [(64, 128, 4), (128, 256, 8)]
+    for (rows, width, warps), programs in product(tiles, (2, 5, 13)):
+        settings = FewPrograms(200, rows, width, warps, 2, programs, width == 256)
+        poison_free_memory()
+        y = fused(x, weight, bias, settings)
+        assert mean_relative_error(y, expected) <= TOLERANCE
+        assert torch.equal(fused(x, weight, bias, settings), y)
+    assert not weight.arrivals.any()
+
+
 def every_fused_setting(tokens: int) -> list[FusedSettings]:
     rows_warps = [(64, 4), (128, 4), (128, 8)] if is_hopper(torch.device("cuda", 0)) else [(128, 4)]
     width = 64 if tokens > 32 else 32
@@ -143,7 +171,7 @@ def every_fused_setting(tokens: int) -> list[FusedSettings]:
 
 
 def test_lm_head_goes_through_a_bounded_scratch() -> None:
-    problem = cuda_problem(1100, 131072, 4480)
+    problem = cuda_problem(FUSED_LIMIT + 52, 131072, 4480)
     expected = problem.expected()
     x, weight, bias = problem.arguments()
     warm_up(weight)

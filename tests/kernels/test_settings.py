@@ -15,7 +15,9 @@ from vllm_nanoquant.kernels import settings
 from vllm_nanoquant.kernels.layout import ARRIVALS_PER_BLOCK, RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
     FUSED_LIMIT,
+    FusedSettings,
     Gpu,
+    Work,
     decode_rule,
     decode_settings,
     hopper_rule,
@@ -45,25 +47,80 @@ def test_the_rule_covers_every_chunk_and_leaves_no_part_empty(
     chunks=st.integers(1, 300),
     gpu=st.sampled_from(GPUS),
 )
-def test_fused_programs_and_counters(n: int, tokens: int, chunks: int, gpu: Gpu) -> None:
+def test_counters_suffice_for_the_tiles_that_programs_share(
+    n: int, tokens: int, chunks: int, gpu: Gpu
+) -> None:
     steps = settings._fused_table(gpu, n, 128 * chunks)
     assert [each.up_to for each in steps] == sorted(each.up_to for each in steps)
     for chosen in steps:
-        programs = chosen.programs(n, tokens, chunks, CPU)
         tiles = -(-n // chosen.rows) * -(-tokens // chosen.tokens)
-        assert 1 <= programs <= tiles * chunks
-        assert tiles <= -(-n // 64) * ARRIVALS_PER_BLOCK
+        work = chosen.share_out(tiles, chunks, gpu.multiprocessors)
+        assert tiles - work.own * work.programs <= -(-n // 64) * ARRIVALS_PER_BLOCK
+
+
+@given(
+    tiles=st.integers(1, 3000),
+    chunks=st.integers(1, 300),
+    multiprocessors=st.integers(1, 200),
+    per_multiprocessor=st.integers(1, 4),
+)
+def test_each_chunk_of_each_tile_falls_to_one_program(
+    tiles: int, chunks: int, multiprocessors: int, per_multiprocessor: int
+) -> None:
+    work = sharing(per_multiprocessor).share_out(tiles, chunks, multiprocessors)
+    assert 1 <= work.programs <= per_multiprocessor * multiprocessors
+    assert 1 <= work.sharers <= work.programs
+    rest = tiles - work.own * work.programs
+    assert 0 <= rest < per_multiprocessor * multiprocessors
+    assert work.own * work.programs + rest == tiles
+    # No sharer without a chunk, and none of the kernel's products beyond 32 bits.
+    assert rest == 0 or work.sharers <= rest * chunks
+    assert (work.sharers + 1) * rest * chunks < 2**31
+
+
+def test_products_of_a_very_long_row_stay_within_32_bits() -> None:
+    work = sharing(3).share_out(tiles=395, chunks=10_000_000 // 128, multiprocessors=132)
+    assert (work.sharers + 1) * 395 * (10_000_000 // 128) < 2**31
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "programs", "most_tokens"),
-    [(22656, 4480, 2, 1024), (4480, 10240, 1, 1024), (7168, 4480, 1, 1024), (4480, 5120, 1, 256)],
+    ("tiles", "work"),
+    [
+        (132, Work(132, 1, 1)),
+        (105, Work(105, 0, 105)),  # 27 multiprocessors idle, no tile is shared
+        (44, Work(132, 0, 132)),  # three programs each
+        (35, Work(105, 0, 105)),
+        (70, Work(132, 0, 132)),  # one each would use little more than half
+        (140, Work(132, 1, 128)),  # the 8 left over: 16 each
+        (200, Work(132, 1, 68)),
+        (354, Work(132, 2, 90)),
+    ],
 )
-def test_the_rule_for_hundreds_of_tokens(n: int, k: int, programs: int, most_tokens: int) -> None:
-    """Programs at once for 65 to 128 tokens, and where dequantizing begins."""
+def test_tiles_are_shared_evenly_where_that_keeps_the_gpu_busy(tiles: int, work: Work) -> None:
+    """One program per multiprocessor of an H200, 40 chunks in a row."""
+    assert sharing(1).share_out(tiles, 40, 132) == work
+
+
+def sharing(per_multiprocessor: int) -> FusedSettings:
+    return FusedSettings(128, 64, 64, 4, 3, per_multiprocessor)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "programs", "up_to"),
+    [
+        (22656, 4480, [3, 3, 2, 1], [32, 64, 128, 2048]),
+        (14336, 4096, [3, 2, 2, 1], [32, 64, 128, 2048]),
+        (6144, 4096, [3, 3, 2, 1], [32, 64, 256, 2048]),
+        (4096, 4096, [3, 2, 2], [32, 64, 256]),
+    ],
+)
+def test_the_rule_for_tens_to_hundreds_of_tokens(
+    n: int, k: int, programs: list[int], up_to: list[int]
+) -> None:
+    """Programs at once for ever more tokens, and where dequantizing begins."""
     steps = hopper_rule(H200, n, k)
-    assert next(each.per_multiprocessor for each in steps if each.up_to >= 128) == programs
-    assert steps[-1].up_to == most_tokens
+    assert [each.per_multiprocessor for each in steps] == programs
+    assert [each.up_to for each in steps] == up_to
 
 
 @pytest.mark.parametrize(

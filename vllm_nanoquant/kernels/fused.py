@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton product of some tens to hundreds of tokens with an int4 weight, in one kernel.
+"""Triton product of some tens to some thousands of tokens with an int4 weight, in one kernel.
 
 Words come through shared memory, a few chunks ahead, or, where x needs that memory (PREFETCH),
 straight into registers, one chunk ahead. They become weights in bf16, already in the order of the
 left operand, and are multiplied with a tile of x from shared memory, where Hopper's copy engine
-(TMA) puts it; elsewhere each lane copies its part. The work is y in tiles of
-ROWS x TOKENS times the chunks of K that each needs, counted tile by tile, and cut into equal runs,
-one per program:
+(TMA) puts it; elsewhere each lane copies its part.
 
-    tile 0             tile 1             tile 2
-    chunk 0 1 2 3 4 5  0 1 2 3 4 5        0 1 2 3 4 5
-    |- program 0 -|-- program 1 -|-- program 2 --|-- program 3 -|
+The work is y in tiles of ROWS x TOKENS. While there is a tile for every program, each takes one.
+The chunks of those that are left, counted tile by tile, are cut into equal runs:
 
-so every multiprocessor has the same to do, whatever the shape ("stream-K", Osama et al., 2023,
-arXiv:2301.03598). A tile that several programs share is added up by the last of them to arrive, in
-the order of K. Results do not depend on timing; they do depend, in the last bits, on the number of
-tokens.
+    tile       0   1   2     3           4
+    chunk     all all all    0 1 2 3 4 5 0 1 2 3 4 5
+    program    0   1   2     |-- 0 --|-- 1 --|-- 2 -|
+
+so every multiprocessor has nearly the same to do, whatever the shape ("stream-K" behind whole
+tiles, Osama et al., 2023, arXiv:2301.03598); `FusedSettings.share_out` says how many share. A tile
+that several programs share is added up by the last of them to arrive, in the order of K
+(`shared_tiles.py`). Results do not depend on timing; they do depend, in the last bits, on the
+number of tokens.
 
 x is first copied into [chunks, tokens, 128], columns in the order of the words (`layout.py`).
 """
@@ -39,13 +41,15 @@ from vllm_nanoquant.kernels.overlap import wait_for_kernel_before
 from vllm_nanoquant.kernels.settings import (
     FusedSettings,
     fused_settings,
+    gpu_of,
     is_hopper,
     launch_options,
 )
+from vllm_nanoquant.kernels.shared_tiles import as_held, as_tile, part_of, sum_of_parts
 from vllm_nanoquant.kernels.weights import half_weights
 
 # Rows of x that one program arranges.
-ARRANGE_ROWS = 16
+ARRANGE_ROWS = 8
 
 
 @triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
@@ -116,6 +120,15 @@ def left_operand(
 
 
 @triton.jit
+def load_x(x_at: tl.tensor, row: int, HOPPER: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Both halves [TOKENS, 64] of a chunk of x from a row of `arranged` on; see `fused_kernel`."""
+    if HOPPER:
+        return x_at.load([row, 0]), x_at.load([row, 64])
+    else:
+        return tl.load(x_at + row * 128), tl.load(x_at + row * 128 + 64)
+
+
+@triton.jit
 def store_tile(
     y: tl.tensor,
     y_ptr: tl.tensor,
@@ -136,7 +149,7 @@ def store_tile(
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
+@triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens", "own", "sharers"])
 def fused_kernel(
     arranged: tl.tensor,
     words_ptr: tl.tensor,
@@ -149,6 +162,8 @@ def fused_kernel(
     n: int,
     chunks: int,
     padded_tokens: int,
+    own: int,
+    sharers: int,
     scale_stride: int,
     PER_CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -162,20 +177,25 @@ def fused_kernel(
     """Write y [tokens, N] = x @ W.T + bias; x as `arrange_kernel` leaves it.
 
     With HOPPER, arranged is a descriptor, see `in_blocks`, otherwise a pointer. Words, scales and
-    arrivals as in `RuntimeWeight`; partial is fp32 [programs, 2, TOKENS, ROWS].
+    arrivals as in `RuntimeWeight`, own and sharers as in `Work`; partial is fp32
+    [sharers, 2, TOKENS * ROWS].
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     T: tl.constexpr = ROWS // 16
-    # 64 bits: units times programs is beyond 32.
-    program = tl.program_id(0).to(tl.int64)
-    programs = tl.num_programs(0).to(tl.int64)
+    program = tl.program_id(0)
     token_blocks = tl.cdiv(tokens, TOKENS)
-    units = tl.cdiv(n, ROWS) * token_blocks * chunks
-    first_unit = (program * units // programs).to(tl.int32)
-    end_unit = ((program + 1) * units // programs).to(tl.int32)
-    for y_tile in range(first_unit // chunks, tl.cdiv(end_unit, chunks)):
-        start = tl.maximum(first_unit - y_tile * chunks, 0)
-        end = tl.minimum(end_unit - y_tile * chunks, chunks)
+    first_shared = own * tl.num_programs(0)
+    units = (tl.cdiv(n, ROWS) * token_blocks - first_shared) * chunks
+    first_unit = tl.minimum(program, sharers) * units // sharers
+    end_unit = tl.minimum(program + 1, sharers) * units // sharers
+    before = own - first_unit // chunks
+    for visit in range(before + tl.cdiv(end_unit, chunks)):
+        is_own = visit < own
+        # Which of the shared tiles.
+        shared = visit - before
+        y_tile = tl.where(is_own, visit * tl.num_programs(0) + program, first_shared + shared)
+        start = tl.where(is_own, 0, tl.maximum(first_unit - shared * chunks, 0))
+        end = tl.where(is_own, chunks, tl.minimum(end_unit - shared * chunks, chunks))
         row_block = y_tile // token_blocks
         first_token = y_tile % token_blocks * TOKENS
         tile = row_block * T + tl.arange(0, T)
@@ -184,8 +204,8 @@ def fused_kernel(
             tile = tl.minimum(tile, tl.cdiv(n, 64) * 4 - 1)
         words_at = words_ptr + word_offsets(tile, chunks)
         scales_at = scales_ptr + scale_offsets(tile, PER_CHUNK)
+        x_at = arranged
         if not HOPPER:
-            x_at = arranged + first_token * 128
             x_at += tl.arange(0, TOKENS)[:, None] * 128 + tl.arange(0, 64)[None, :]
         y = tl.zeros((ROWS, TOKENS), tl.float32)
         if PREFETCH:
@@ -204,16 +224,17 @@ def fused_kernel(
                 words_0 = tl.load(words_at + chunk * 1024)
                 words_1 = tl.load(words_at + chunk * 1024 + 128)
                 scales = load_scales(scales_at + chunk * scale_stride, tile >= 0)
+            x_row = chunk * padded_tokens + first_token
+            if PREFETCH:
+                x_0, x_1 = load_x(x_at, x_row, HOPPER)
             if HOPPER:
-                x_0 = arranged.load([chunk * padded_tokens + first_token, 0])
-                x_1 = arranged.load([chunk * padded_tokens + first_token, 64])
                 words_0 = after_tensor_cores(words_0)
                 words_1 = after_tensor_cores(words_1)
-            else:
-                x_0 = tl.load(x_at + chunk * padded_tokens * 128)
-                x_1 = tl.load(x_at + chunk * padded_tokens * 128 + 64)
             # In halves: the second can be unpacked while the first is multiplied.
             weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
+            if not PREFETCH:
+                # Only here must x have arrived.
+                x_0, x_1 = load_x(x_at, x_row, HOPPER)
             y = tl.dot(weights, tl.trans(x_0), y)
             weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
             y = tl.dot(weights, tl.trans(x_1), y)
@@ -222,22 +243,17 @@ def fused_kernel(
         if (start == 0) & (end == chunks):
             store_tile(y, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
         else:
-            # The runs of programs first to final touch this tile.
-            first = ((y_tile * chunks + 1) * programs + units - 1) // units - 1
-            final = ((y_tile + 1) * chunks * programs + units - 1) // units - 1
-            inner = tl.arange(0, ROWS)[:, None] + tl.arange(0, TOKENS)[None, :] * ROWS
-            slot = program * 2 + (program == first).to(tl.int64)
-            tl.store(partial_ptr + slot * (ROWS * TOKENS) + inner, y)
+            at = part_of(partial_ptr, program, start == 0, ROWS, TOKENS)
+            tl.store(at, as_held(y, ROWS, TOKENS))
             tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + y_tile, 1, sem="acq_rel")
+            # The runs of programs first to final touch this tile.
+            first = tl.cdiv((shared * chunks + 1) * sharers, units) - 1
+            final = tl.cdiv((shared + 1) * chunks * sharers, units) - 1
+            arrived = tl.atomic_add(arrivals_ptr + shared, 1, sem="acq_rel")
             if arrived == final - first:
-                tl.store(arrivals_ptr + y_tile, 0)
-                total = tl.zeros((ROWS, TOKENS), tl.float32)
-                for other in range(first, final + 1):
-                    slot = other * 2 + (other == first).to(tl.int64)
-                    part = partial_ptr + slot * (ROWS * TOKENS) + inner
-                    total += tl.load(part, cache_modifier=".cg")
-                store_tile(total, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
+                tl.store(arrivals_ptr + shared, 0)
+                y = as_tile(sum_of_parts(partial_ptr, first, final, ROWS, TOKENS), ROWS, TOKENS)
+                store_tile(y, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
 
 
 def is_wide(device: torch.device) -> bool:
@@ -287,12 +303,13 @@ def fused(
     chosen = settings or fused_settings(weight, tokens, device)
     padded_tokens = ceil_div(tokens, chosen.tokens) * chosen.tokens
     arranged = arrange(x, chunks, padded_tokens, weight.group_offset)
-    programs = chosen.programs(n, tokens, chunks, device)
+    tiles = ceil_div(n, chosen.rows) * (padded_tokens // chosen.tokens)
+    work = chosen.share_out(tiles, chunks, gpu_of(device).multiprocessors)
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)
-    partial_shape = (programs, 2, chosen.tokens, chosen.rows)
+    partial_shape = (work.sharers, 2, chosen.tokens * chosen.rows)
     partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
     hopper = is_hopper(device)
-    fused_kernel[(programs,)](
+    fused_kernel[(work.programs,)](
         in_blocks(arranged, chosen) if hopper else arranged,
         weight.words,
         weight.scales,
@@ -304,6 +321,8 @@ def fused(
         n,
         chunks,
         padded_tokens,
+        work.own,
+        work.sharers,
         weight.scale_stride,
         PER_CHUNK=weight.groups_per_chunk,
         HAS_BIAS=bias is not None,

@@ -24,8 +24,15 @@ REGISTERS = 65536
 """32-bit registers of a multiprocessor, SM80 to SM120."""
 QUARTERS = 4
 """Parts of a multiprocessor; each has its share of the registers for its own warps."""
-FUSED_LIMIT = 1024
-"""Most tokens of one fused product; the counters of a weight suffice for these."""
+FUSED_LIMIT = 2048
+"""Most tokens of one fused product; a weight of more tokens is dequantized."""
+
+BUSY = 0.75
+"""Share of the GPU that has to be busy where `fused` gives tiles the same number of programs each.
+
+On an H200 that gains five to twenty percent where the share is 0.79 and more, and loses some where
+it is 0.71 and less.
+"""
 
 
 def limit_registers(registers: int) -> dict[str, int]:
@@ -63,6 +70,16 @@ class DecodeSettings:
         return self.up_to_8 if tokens <= 8 else self.up_to_16
 
 
+class Work(NamedTuple):
+    """How `fused` shares the tiles of its result out."""
+
+    programs: int
+    own: int
+    """Tiles that each program has to itself."""
+    sharers: int
+    """Programs that share the tiles that are left, in equal runs of chunks."""
+
+
 @dataclass(frozen=True)
 class FusedSettings:
     """How `fused` tiles its result, up to a number of tokens."""
@@ -81,18 +98,18 @@ class FusedSettings:
     prefetch: bool = False
     """Words come straight into registers, not through shared memory."""
 
-    def programs(self, n: int, tokens: int, chunks: int, device: torch.device) -> int:
-        """Number of equal runs that the work is cut into.
-
-        As many as run at once; a few less where each tile then falls to whole programs, which
-        saves adding up.
-        """
-        tiles = -(-n // self.rows) * -(-tokens // self.tokens)
-        slots = self.per_multiprocessor * gpu_of(device).multiprocessors
-        per_tile = slots // tiles
-        if per_tile >= 1 and per_tile * tiles >= 0.8 * slots:
-            slots = per_tile * tiles
-        return min(slots, tiles * chunks)
+    def share_out(self, tiles: int, chunks: int, multiprocessors: int) -> Work:
+        """Give each program of `fused` tiles of its own, and all of them the rest to share."""
+        slots = self.per_multiprocessor * multiprocessors
+        own, rest = divmod(tiles, slots)
+        if rest == 0:
+            return Work(slots, own, 1)
+        units = rest * chunks
+        sharers = min(slots, units, 2**31 // units - 2)  # the kernel multiplies in 32 bits
+        each = sharers // rest
+        if each and tiles >= BUSY * slots * (own + 1 / each):
+            sharers = rest * each
+        return Work(slots if own else sharers, own, sharers)
 
 
 class Gpu(NamedTuple):
@@ -240,8 +257,9 @@ def decode_rule(gpu: Gpu, n: int, chunks: int) -> DecodeSettings:
     return DecodeSettings(1, 1, *_MANY)
 
 
-# From 257 tokens on a weight with fewer elements is better dequantized.
-_SMALL_ON_HOPPER = 30_000_000
+# Elements below which a weight has too few tiles of 128 x 256 to fill an H200 up to 256 tokens, and
+# with any number.
+_MEDIUM_ON_HOPPER, _SMALL_ON_HOPPER = 30_000_000, 20_000_000
 # One warp's tile of a matrix instruction without asynchrony; shared memory of SM86 holds two.
 _AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_multiprocessor=2),)
 
@@ -249,21 +267,24 @@ _AMPERE_FUSED = (FusedSettings(128, rows=128, tokens=32, warps=4, stages=2, per_
 def hopper_rule(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
     """Settings for a weight [N, K] that was not measured, for ever more tokens.
 
-    They follow those that were: a multiprocessor runs one tile of 128 tokens where there are not
-    more tiles, with more of x and W in flight, and two otherwise.
+    They follow those that were, and eight shapes besides. Two programs at once with more of x and W
+    in flight are better than three where parts are short, or tiles just fill the GPU that way.
     """
-    up_to_64 = (
-        FusedSettings(32, rows=64, tokens=32, warps=4, stages=5, per_multiprocessor=3),
-        FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3),
-    )
-    if n <= 64 * gpu.multiprocessors:
-        more = FusedSettings(128, rows=64, tokens=128, warps=4, stages=4, per_multiprocessor=1)
+    slots = 2 * gpu.multiprocessors
+    small = n * k < _SMALL_ON_HOPPER
+    up_to_32 = FusedSettings(32, rows=64, tokens=32, warps=4, stages=5, per_multiprocessor=3)
+    if small or BUSY * slots <= -(-n // 64) <= slots:
+        up_to_64 = FusedSettings(64, rows=64, tokens=64, warps=4, stages=4, per_multiprocessor=2)
     else:
-        more = FusedSettings(128, rows=64, tokens=128, warps=4, stages=3, per_multiprocessor=2)
-    if n * k < _SMALL_ON_HOPPER:
-        return (*up_to_64, replace(more, up_to=256))
-    most = FusedSettings(1024, 128, 256, warps=8, stages=3, per_multiprocessor=1, prefetch=True)
-    return (*up_to_64, more, most)
+        up_to_64 = FusedSettings(64, rows=64, tokens=64, warps=4, stages=3, per_multiprocessor=3)
+    limit = 256 if n * k < _MEDIUM_ON_HOPPER else 128
+    more = FusedSettings(limit, rows=64, tokens=128, warps=4, stages=3, per_multiprocessor=2)
+    if small:
+        return up_to_32, up_to_64, more
+    most = FusedSettings(
+        FUSED_LIMIT, 128, 256, warps=8, stages=3, per_multiprocessor=1, prefetch=True
+    )
+    return up_to_32, up_to_64, more, most
 
 
 @functools.cache
@@ -286,5 +307,5 @@ def fused_settings(weight: RuntimeWeight, tokens: int, device: torch.device) -> 
 
 
 def fused_buckets(weight: RuntimeWeight, device: torch.device) -> tuple[int, ...]:
-    """One number of tokens for each of the settings of `fused`, to compile them all."""
+    """The greatest number of tokens for each of the settings of `fused`."""
     return tuple(each.up_to for each in _fused_table(gpu_of(device), *weight.shape))

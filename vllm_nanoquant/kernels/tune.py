@@ -29,6 +29,7 @@ from tqdm import tqdm
 from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
+    FUSED_LIMIT,
     QUARTERS,
     REGISTERS,
     DecodeLaunch,
@@ -39,14 +40,14 @@ from vllm_nanoquant.kernels.settings import (
     decode_rule,
     gpu_of,
 )
-from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph
+from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph, warm_up_for
 from vllm_nanoquant.quantize.minmax import quantize_minmax
 
 SHAPES = "22656x4480,4480x10240,15680x4480,4480x15680,7168x4480,4480x5120,131072x4480"
 GROUP_SIZE = 128
 REPLAYS = 9
 # Numbers of tokens up to which one setting of `fused` serves.
-BUCKETS = (32, 64, 128, 256, 512, 768, 1024)
+BUCKETS = (32, 64, 128, 256, 512, 768, 1024, FUSED_LIMIT)
 # (tiles, chunks ahead): registers per thread without which it spills, and those it has use for.
 SHORT = {(2, 2): (104, 144), (2, 1): (80, 120), (4, 1): (128, 184), (4, 2): (208, 248)}
 LONG = {(2, 1): (128, 152), (2, 2): (152, 168), (4, 1): (208, 216)}
@@ -192,7 +193,7 @@ class Shape:
             if not error <= TOLERANCE:
                 raise ValueError(f"differs from other settings by {error:.1e}")
             calls = [lambda weight=weight: run(x, weight) for weight in self.copies]
-            return time_in_graph(calls, REPLAYS).median
+            return time_in_graph(calls, REPLAYS, warm_up_for(tokens)).median
         except Exception as error:  # out of registers, out of shared memory, wrong
             tqdm.write(f"left out: {name}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
             return math.inf
