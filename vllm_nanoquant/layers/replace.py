@@ -30,7 +30,6 @@ _COLUMNS_READ = 1024
 # Device memory beside the result that replacing a layer may take: temporaries of quantizing and of
 # laying out, the scratch of the prefill kernel, and x and y of the largest product that warms up.
 _SPARE_BYTES = 512 << 20
-_WARM_UP_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def _require_room(plan: Plan) -> None:
     for item in plan.replacements:
         rows, columns = item.shape
         result = rows * columns * 5 // 8
-        needed = result + _SPARE_BYTES + _WARM_UP_TOKENS * (rows + columns) * item.dtype.itemsize
+        needed = result + _SPARE_BYTES
         if needed > free:
             raise ValueError(
                 f"{METHOD}: replacing {item.name} needs up to {needed / 1e6:.0f} MB of device "
