@@ -208,33 +208,40 @@ def decode() -> str:
 
 
 def fused() -> str:
-    """Equal runs of chunks over tiles of the result (stream-K)."""
-    picture = Picture(220, "Runs of chunks in fused")
-    left, top, w, h = 30, 50, 36, 44
-    runs, chunks, tiles = 4, 6, 3
-    units = chunks * tiles
+    """Tiles of the result, whole ones first, then runs of the chunks of what is left (stream-K)."""
+    picture = Picture(240, "Tiles and runs of chunks in fused")
+    left, top, whole, w, h = 20, 50, 72, 36, 44
+    runs, chunks, shared = 3, 6, 2
+    for program in range(runs):
+        x = left + whole * program
+        picture.box(x, top, whole - 6, h, COLOURS[program], INK)
+        picture.text(x + whole / 2 - 3, top - 10, f"tile {program}", "middle", bold=True)
+        picture.text(x + whole / 2 - 3, top + 28, "all of K", "middle", 13)
+        picture.text(x + whole / 2 - 3, top + h + 24, f"program {program}", "middle", 13)
+    left += whole * runs + 20
+    units = chunks * shared
     for unit in range(units):
         program = next(p for p in range(runs) if unit < (p + 1) * units // runs)
         picture.box(left + w * unit, top, w, h, COLOURS[program], INK)
         picture.text(left + w * (unit + 0.5), top + 28, str(unit % chunks), "middle", 13)
-    for tile in range(tiles + 1):
+    for tile in range(shared + 1):
         x = left + w * chunks * tile
         picture.line(x, top - 22, x, top + h + 6, 3)
-        if tile < tiles:
-            picture.text(x + w * chunks / 2, top - 10, f"tile {tile} of y", "middle", bold=True)
+        if tile < shared:
+            name = f"tile {runs + tile} of y"
+            picture.text(x + w * chunks / 2, top - 10, name, "middle", bold=True)
     for program in range(runs):
         first, last = program * units // runs, (program + 1) * units // runs
         middle = left + w * (first + last) / 2
         picture.box(left + w * first + 3, top + h + 14, w * (last - first) - 6, 8, COLOURS[program])
         picture.text(middle, top + h + 42, f"program {program}", "middle", 15, bold=True)
-    picture.text(
-        left, 185, "Boxes are chunks of 128 columns. Every program has as many, give or take one;"
+    lines = (
+        "First each program has tiles to itself, while there are enough for all. What is left is",
+        "counted in chunks of 128 columns (the small boxes), and every program gets as many.",
+        "A tile of several programs is added up by the last to arrive, in the order of K.",
     )
-    picture.text(
-        left,
-        205,
-        "a tile of several programs is added up by the last to arrive, in the order of K.",
-    )
+    for number, line in enumerate(lines):
+        picture.text(20, 178 + 20 * number, line)
     return picture.svg()
 
 
