@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
+from itertools import pairwise
 
 import pytest
 import torch
@@ -72,7 +73,9 @@ def test_each_chunk_of_each_tile_falls_to_one_program(
     assert 1 <= work.sharers <= work.programs
     rest = tiles - work.own * work.programs
     assert 0 <= rest < per_multiprocessor * multiprocessors
-    assert work.own * work.programs + rest == tiles
+    runs = [each * rest * chunks // work.sharers for each in range(work.sharers + 1)]
+    assert runs[0] == 0 and runs[-1] == rest * chunks
+    assert rest == 0 or all(first < end for first, end in pairwise(runs))
     # No sharer without a chunk, and none of the kernel's products beyond 32 bits.
     assert rest == 0 or work.sharers <= rest * chunks
     assert (work.sharers + 1) * rest * chunks < 2**31
@@ -109,6 +112,9 @@ def sharing(per_multiprocessor: int) -> FusedSettings:
     ("n", "k", "programs", "up_to"),
     [
         (22656, 4480, [3, 3, 2, 1], [32, 64, 128, 2048]),
+        (4480, 10240, [3, 3, 2, 1], [32, 64, 128, 2048]),
+        (7168, 4480, [3, 3, 2, 1], [32, 64, 128, 2048]),
+        (4480, 5120, [3, 3, 2, 1], [32, 64, 256, 2048]),
         (14336, 4096, [3, 2, 2, 1], [32, 64, 128, 2048]),
         (6144, 4096, [3, 3, 2, 1], [32, 64, 256, 2048]),
         (4096, 4096, [3, 2, 2], [32, 64, 256]),

@@ -233,7 +233,7 @@ def fused_kernel(
             # In halves: the second can be unpacked while the first is multiplied.
             weights = left_operand(words_0, scales, 0, T, PER_CHUNK, WIDE, dtype)
             if not PREFETCH:
-                # Only here must x have arrived.
+                # Only here must x have arrived. Where words come into registers, that is slower.
                 x_0, x_1 = load_x(x_at, x_row, HOPPER)
             y = tl.dot(weights, tl.trans(x_0), y)
             weights = left_operand(words_1, scales, 1, T, PER_CHUNK, WIDE, dtype)
@@ -294,23 +294,23 @@ def fused(
 ) -> torch.Tensor:
     """Multiply x [M, K] by a transposed int4 weight [N, K], add bias [N]: [M, N] in x.dtype.
 
-    x is contiguous and bf16 or fp16, for any M >= 1 up to 1024; see `decode` for the rest.
+    x is contiguous and bf16 or fp16, for any M >= 1 up to FUSED_LIMIT; see `decode` for the rest.
     """
     tokens = x.shape[0]
     n = weight.out_features
     chunks = weight.chunks
     device = x.device
+    gpu = gpu_of(device)
     chosen = settings or fused_settings(weight, tokens, device)
     padded_tokens = ceil_div(tokens, chosen.tokens) * chosen.tokens
     arranged = arrange(x, chunks, padded_tokens, weight.group_offset)
     tiles = ceil_div(n, chosen.rows) * (padded_tokens // chosen.tokens)
-    work = chosen.share_out(tiles, chunks, gpu_of(device).multiprocessors)
+    work = chosen.share_out(tiles, chunks, gpu.multiprocessors)
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)
     partial_shape = (work.sharers, 2, chosen.tokens * chosen.rows)
     partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
-    hopper = is_hopper(device)
     fused_kernel[(work.programs,)](
-        in_blocks(arranged, chosen) if hopper else arranged,
+        in_blocks(arranged, chosen) if gpu.is_hopper else arranged,
         weight.words,
         weight.scales,
         bias,
@@ -330,7 +330,7 @@ def fused(
         TOKENS=chosen.tokens,
         PREFETCH=chosen.prefetch,
         WIDE=is_wide(device),
-        HOPPER=hopper,
+        HOPPER=gpu.is_hopper,
         **launch_options(device, num_warps=chosen.warps, num_stages=chosen.stages),
     )
     return y

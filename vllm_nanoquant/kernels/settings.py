@@ -99,7 +99,10 @@ class FusedSettings:
     """Words come straight into registers, not through shared memory."""
 
     def share_out(self, tiles: int, chunks: int, multiprocessors: int) -> Work:
-        """Give each program of `fused` tiles of its own, and all of them the rest to share."""
+        """Give each program of `fused` tiles of its own, and all of them the rest to share.
+
+        The rest gets the same number of programs per tile where BUSY of the GPU has work then.
+        """
         slots = self.per_multiprocessor * multiprocessors
         own, rest = divmod(tiles, slots)
         if rest == 0:

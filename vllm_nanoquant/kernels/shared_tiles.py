@@ -14,7 +14,10 @@ import triton.language as tl
 
 @triton.jit
 def as_held(y: tl.tensor, ROWS: tl.constexpr, TOKENS: tl.constexpr) -> tl.tensor:
-    """A tile [ROWS, TOKENS] as [TOKENS / 8, 4 of each lane], as 16 rows per warp are held."""
+    """A tile [ROWS, TOKENS] as [TOKENS / 8, 8 * ROWS], four registers of each lane side by side.
+
+    A warp has 16 rows, a lane two of these and two tokens of every eight.
+    """
     # row / 16, row / 8 % 2, row % 8, token / 8, token / 2 % 4, token % 2
     y = tl.reshape(y, (ROWS // 16, 2, 8, TOKENS // 8, 4, 2))
     return tl.reshape(tl.permute(y, (3, 0, 2, 4, 1, 5)), (TOKENS // 8, ROWS * 8))
@@ -35,9 +38,9 @@ def part_of(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ) -> tl.tensor:
-    """Addresses of a program's part of a tile, `as_held`.
+    """Addresses [TOKENS / 8, 8 * ROWS] of a program's part of a tile, fp32, `as_held`.
 
-    A program may share two tiles, one of which it begins.
+    A program may share two tiles; `begins` says whether it is the one that it begins.
     """
     slot = program.to(tl.int64) * 2 + begins
     inner = tl.arange(0, TOKENS // 8)[:, None] * (ROWS * 8) + tl.arange(0, ROWS * 8)[None, :]
@@ -61,8 +64,10 @@ def sum_of_parts(
             other = some + ahead
             at = part_of(partial_ptr, other, False, ROWS, TOKENS)
             if AT_ONCE == 1:
+                # No mask: the largest tile leaves no registers for one.
                 total += tl.load(at, cache_modifier=".cg")
             else:
+                # Not a scalar: Triton's interpreter refuses one as a mask.
                 there = tl.full(at.shape, other, tl.int32) <= final
                 total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
     return total
