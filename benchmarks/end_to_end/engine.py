@@ -34,7 +34,12 @@ def seconds(llm: LLM, batch: list[dict[str, Any]], tokens: int) -> float:
     return time.perf_counter() - start
 
 
-def decode_rate(llm: LLM, batch_size: int, tokens: int, repeats: int) -> dict[str, Any]:
+def spread(figures: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(figures), "min": min(figures), "max": max(figures)}
+
+
+def decode_rate(llm: LLM, batch_size: int, tokens: int, repeats: int) -> dict[str, float]:
     """Decode tokens per second, all sequences together, prefill taken out.
 
     The time for `tokens` tokens less the time for one, over the tokens between.
@@ -45,13 +50,41 @@ def decode_rate(llm: LLM, batch_size: int, tokens: int, repeats: int) -> dict[st
         batch = prompts(batch_size, PROMPT, 1000 * repeat)
         first = seconds(llm, batch, 1)
         rates.append(batch_size * (tokens - 1) / (seconds(llm, batch, tokens) - first))
-    return {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+    return spread(rates)
 
 
-def time_to_first_token(llm: LLM, length: int, repeats: int) -> dict[str, Any]:
+def time_to_first_token(llm: LLM, length: int, repeats: int) -> dict[str, float]:
     """Milliseconds from a prompt of `length` tokens to its first token."""
     times = [1e3 * seconds(llm, prompts(1, length, 500 + repeat), 1) for repeat in range(repeats)]
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+    return spread(times)
+
+
+def replay_graph(worker: Any, size: int, repeats: int) -> list[float]:
+    """Milliseconds that the CUDA graph of a decode step takes on the GPU; none without a graph.
+
+    Called in vLLM's worker, after a step of this size, whose inputs the graph reads again. Each
+    figure is of ten replays in a row, so the GPU does not wait for the host. Logits and sampling
+    are not part of the graph.
+    """
+    import torch
+
+    in_a_row = 10
+    entries = getattr(worker.model_runner.model, "concrete_cudagraph_entries", {})
+    graphs = [
+        entry.cudagraph
+        for descriptor, entry in entries.items()
+        if descriptor.num_tokens == size and entry.cudagraph is not None
+    ]
+    times = []
+    for graph in graphs[:1] * (repeats + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(in_a_row):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / in_a_row)
+    return times[1:]  # the first is slower
 
 
 def main() -> None:
@@ -71,10 +104,16 @@ def main() -> None:
         seconds(llm, prompts(max(arguments.batches), PROMPT, 1), arguments.tokens)
     print(arguments.ready, flush=True)
     sys.stdin.readline()
-    result["decode_tokens_per_second"] = {
-        size: decode_rate(llm, size, arguments.tokens, arguments.repeats)
-        for size in arguments.batches
-    }
+    rates: dict[int, Any] = {}
+    graphs: dict[int, Any] = {}
+    for size in arguments.batches:
+        rates[size] = decode_rate(llm, size, arguments.tokens, arguments.repeats)
+        print(f"{size} sequences, tokens per second:", rates[size], flush=True)
+        if times := llm.collective_rpc(replay_graph, args=(size, arguments.repeats))[0]:
+            graphs[size] = spread(times)
+            print(f"{size} sequences, milliseconds of the graph:", graphs[size], flush=True)
+    result["decode_tokens_per_second"] = rates
+    result["decode_graph_ms"] = graphs
     for length in arguments.prefill:
         time_to_first_token(llm, length, 1)
     result["time_to_first_token_ms"] = {

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +43,7 @@ def options(tmp_path, **changes):
         "geometry": tmp_path / "geometry",
         "max_model_len": 64,
         "batches": [1, 4],
+        "tokens": 16,
         "prefill": [32],
         "only_load": False,
         "max_capture_size": None,
@@ -173,3 +176,17 @@ def test_a_result_file_that_is_none_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         table.main([str(tmp_path / "none.json")])
     assert "none.json" in capsys.readouterr().err
+
+
+def test_a_worker_without_such_a_graph_replays_nothing():
+    from benchmarks.end_to_end.engine import replay_graph
+
+    descriptor = namedtuple("Descriptor", "num_tokens")(4)
+    graph = SimpleNamespace(replay=lambda: pytest.fail("a graph of another size was replayed"))
+    entries = {descriptor: SimpleNamespace(cudagraph=graph)}
+
+    def worker(model):
+        return SimpleNamespace(model_runner=SimpleNamespace(model=model))
+
+    assert replay_graph(worker(SimpleNamespace(concrete_cudagraph_entries=entries)), 8, 2) == []
+    assert replay_graph(worker(SimpleNamespace()), 8, 2) == []
