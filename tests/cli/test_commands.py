@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         f"backbone.layers.{i}.mixer.up_proj.weight": torch.randn(2000, 3000) for i in range(3, 12)
     })  # fmt: skip
     target = tmp_path / "target"
-    with as_process("quantize", source, target) as process:
+    # A shell's background jobs have it ignored, and so would the process then.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with as_process("quantize", source, target, preexec_fn=heard) as process:
         while not list(target.glob("*.partial")) and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
