@@ -42,15 +42,16 @@ def spread(figures: list[float]) -> dict[str, float]:
 def decode_rate(llm: LLM, batch_size: int, tokens: int, repeats: int) -> dict[str, float]:
     """Decode tokens per second, all sequences together, prefill taken out.
 
-    The time for `tokens` tokens less the time for one, over the tokens between.
+    From the time of each run of `tokens` tokens the median time of runs of one token is taken off.
     """
-    rates = []
     seconds(llm, prompts(batch_size, PROMPT, 1), 1)  # the first call of a shape is slower
+    first, whole = [], []
     for repeat in range(repeats):
         batch = prompts(batch_size, PROMPT, 1000 * repeat)
-        first = seconds(llm, batch, 1)
-        rates.append(batch_size * (tokens - 1) / (seconds(llm, batch, tokens) - first))
-    return spread(rates)
+        first.append(seconds(llm, batch, 1))
+        whole.append(seconds(llm, batch, tokens))
+    prefill = statistics.median(first)
+    return spread([batch_size * (tokens - 1) / (each - prefill) for each in whole])
 
 
 def time_to_first_token(llm: LLM, length: int, repeats: int) -> dict[str, float]:
@@ -69,11 +70,16 @@ def replay_graph(worker: Any, size: int, repeats: int) -> list[float]:
     import torch
 
     in_a_row = 10
-    entries = getattr(worker.model_runner.model, "concrete_cudagraph_entries", {})
+    runner = worker.model_runner
+    if manager := getattr(runner, "cudagraph_manager", None):  # of vLLM's second model runner
+        captured = manager.graphs.items()
+    else:
+        entries = getattr(runner.model, "concrete_cudagraph_entries", {})
+        captured = [(descriptor, entry.cudagraph) for descriptor, entry in entries.items()]
     graphs = [
-        entry.cudagraph
-        for descriptor, entry in entries.items()
-        if descriptor.num_tokens == size and entry.cudagraph is not None
+        graph
+        for descriptor, graph in captured
+        if descriptor.num_tokens == size and graph is not None
     ]
     times = []
     for graph in graphs[:1] * (repeats + 1):

@@ -97,6 +97,8 @@ class Engine:
             # A function of the benchmark's own goes to vLLM's worker, to replay its graphs.
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         }
+        if arguments.model_runner:
+            ours["VLLM_USE_V2_MODEL_RUNNER"] = str(arguments.model_runner - 1)
         with self.log.open("w") as out:
             self._process = subprocess.Popen(
                 command,
@@ -130,6 +132,7 @@ class Engine:
         result["kernels"] = sorted(set(re.findall(r"Using (\w+Kernel) for", text)))
         # The file that vLLM's update of Mamba states was tuned with, if any.
         result["state_update"] = re.findall(r"Using SSM config from (?:\S*/)?(\S+) for", text)[:1]
+        result["model_runner"] = 2 if "Using V2 Model Runner" in text else 1
         late = re.findall(r"kernel JIT compilation during inference: (\w+)", text)
         result["kernels_compiled_while_serving"] = sorted(set(late))
         return result
@@ -209,6 +212,12 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--tokens", type=int, default=128, help="to generate of each sequence")
     parser.add_argument("--prefill", nargs="+", type=int, default=[2048])
+    parser.add_argument(
+        "--model-runner",
+        type=int,
+        choices=(1, 2),
+        help="vLLM's; its own choice without it: for hybrids the first up to 0.28, then the second",
+    )
     parser.add_argument("--max-capture-size", type=int, help="cap on CUDA graphs; default 8")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-model-len", type=int, default=4096)

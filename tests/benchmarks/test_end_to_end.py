@@ -47,6 +47,7 @@ def options(tmp_path, **changes):
         "prefill": [32],
         "only_load": False,
         "max_capture_size": None,
+        "model_runner": None,
         "repeats": 1,
         "together": 3,
         "cache_gib": 2.0,
@@ -190,3 +191,55 @@ def test_a_worker_without_such_a_graph_replays_nothing():
 
     assert replay_graph(worker(SimpleNamespace(concrete_cudagraph_entries=entries)), 8, 2) == []
     assert replay_graph(worker(SimpleNamespace()), 8, 2) == []
+    # vLLM's second model runner holds the graphs itself.
+    second = worker(SimpleNamespace())
+    second.model_runner.cudagraph_manager = SimpleNamespace(graphs={descriptor: graph})
+    assert replay_graph(second, 8, 2) == []
+
+
+def test_a_graph_of_either_model_runner_is_replayed(monkeypatch):
+    from benchmarks.end_to_end.engine import replay_graph
+
+    event = SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 25.0
+    )
+    monkeypatch.setattr("torch.cuda.Event", lambda enable_timing: event)
+    replayed = []
+    descriptor = namedtuple("Descriptor", "num_tokens")(4)
+    graph = SimpleNamespace(replay=lambda: replayed.append(4))
+    entries = {descriptor: SimpleNamespace(cudagraph=graph)}
+    first = SimpleNamespace(model=SimpleNamespace(concrete_cudagraph_entries=entries))
+    second = SimpleNamespace(cudagraph_manager=SimpleNamespace(graphs={descriptor: graph}))
+    for runner in (first, second):
+        replayed.clear()
+        assert replay_graph(SimpleNamespace(model_runner=runner), 4, 2) == [2.5, 2.5]
+        assert len(replayed) == 30  # the first ten do not count
+
+
+def test_prefill_is_taken_off_by_its_median():
+    from benchmarks.end_to_end.engine import decode_rate
+
+    taken = iter([9.0, 0.1, 1.1, 0.9, 1.6, 0.1, 0.6])  # the second prefill was disturbed
+
+    class Model:
+        def generate(self, batch, sampling, use_tqdm):
+            clock[0] += next(taken)
+
+    clock = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.end_to_end.engine.time.perf_counter", lambda: clock[0])
+        rate = decode_rate(Model(), batch_size=2, tokens=51, repeats=3)
+    assert rate == pytest.approx({"median": 100.0, "min": 100 / 1.5, "max": 200.0})
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+def test_the_model_runner_is_chosen_and_recorded(tmp_path, monkeypatch, runner):
+    says = """
+import os
+if os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1":
+    print("Using V2 Model Runner")
+"""
+    (tmp_path / "engine.py").write_text(says + FAKE_ENGINE, encoding="utf-8")
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    (figures,) = run.measure(options(tmp_path, model_runner=runner), ["balanced"])
+    assert figures["model_runner"] == runner
