@@ -11,7 +11,7 @@ import importlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ __all__ = [
     "chat_protocol",
     "checkpoint_json",
     "checkpoint_tensors",
+    "collect_bias",
     "collects_weights",
     "init_logger",
     "loaded_elements",
@@ -188,6 +189,29 @@ def process_when_loaded(layer: torch.nn.Module) -> None:
     from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 
     initialize_online_processing(layer)
+
+
+def collect_bias(layer: torch.nn.Module) -> None:
+    """Have vLLM collect a bias that the checkpoint brings before the layer's weight, too.
+
+    A layer gets its bias after ``create_weights``, with its own ``weight_loader``, and vLLM
+    collects it from the layer's first weight on (``model_loader/reload``, 0.26 to 0.33). Tensors
+    are sorted by name, though, and "bias" would come uncounted: the layer would never be complete.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    load = type(layer).weight_loader
+
+    @functools.wraps(load)
+    def loader(layer: torch.nn.Module, param: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        info = get_layerwise_info(layer)
+        if info.can_load() and not info.loaded_weights:
+            process_when_loaded(layer)
+            return param.weight_loader(param, *args, **kwargs)
+        return load(layer, param, *args, **kwargs)
+
+    # A bound method, because vLLM knows that those of a layer must not keep it alive.
+    layer.weight_loader = MethodType(loader, layer)
 
 
 def collects_weights(loader: Callable[..., Any]) -> bool:

@@ -52,6 +52,13 @@ FAMILIES = {
         (QKV, "*.self_attn.o_proj", "*.mlp.*_proj", "lm_head"),
         ("model.layers.1.mlp.down_proj",),
     ),
+    # q, k and v have biases, each of which comes before its weight in the file.
+    "qwen2": Family(
+        transformers.Qwen2Config,
+        {"num_hidden_layers": 2, **ATTENTION, "tie_word_embeddings": False},
+        (QKV, "*.self_attn.o_proj", "*.mlp.*_proj", "lm_head"),
+        ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
+    ),
     "qwen3": Family(
         transformers.Qwen3Config,
         {"num_hidden_layers": 2, "head_dim": 32, **ATTENTION, "tie_word_embeddings": True},
@@ -121,8 +128,8 @@ def write(name, folder):
     torch.manual_seed(7)
     config = family.config(**{**SIZES, **family.settings})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
+    for module, parameter in model.named_parameters():
+        if parameter.dim() > 1 or module.endswith("_proj.bias"):
             torch.nn.init.normal_(parameter.data, std=0.1)
     model.save_pretrained(folder)
     return folder

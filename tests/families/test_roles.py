@@ -21,7 +21,8 @@ MLP = (
     *("*.mlp.*_proj", "*.feed_forward.*_proj"),
     *("*.shared_mlp.input_linear", "*.shared_mlp.output_linear"),
 )
-HYBRIDS = [name for name in FAMILIES if name not in ("llama", "qwen3")]
+PLAIN = ["llama", "qwen2", "qwen3"]
+HYBRIDS = [name for name in FAMILIES if name not in PLAIN]
 KINDS = {
     "granite": "mamba attention mamba",
     "granite_routed": "mamba attention mamba",
@@ -82,7 +83,7 @@ def test_quality_leaves_whole_layers_and_none_without_a_mamba_mixer_for_attentio
     assert 0 in sensitive_layers(kinds), "layer 0 feeds the attention of layer 1"
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "falcon_h1"])
+@pytest.mark.parametrize("name", [*PLAIN, "falcon_h1"])
 def test_quality_is_refused_where_no_mamba_layer_can_be_told_from_attention(models, name):
     with pytest.raises(RecipeError, match="tells Mamba layers from attention layers; choose"):
         covered(models[name], preset="quality")

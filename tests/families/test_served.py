@@ -15,7 +15,7 @@ from vllm_nanoquant.recipe import Recipe
 pytestmark = pytest.mark.slow
 
 SERVED = [name for name in FAMILIES if name != "bamba"]
-STORED = ["llama", "granite_routed", "zamba2", "falcon_h1"]
+STORED = ["llama", "qwen2", "granite_routed", "zamba2", "falcon_h1"]
 IDS = [[5, 9, 77, 130, 8, 21, 6], [50, 93]]
 FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}

@@ -118,21 +118,80 @@ def test_gate_and_up_of_a_gated_mlp_are_cut_one_by_one(tp_rank, tp_size):
     assert_same(layer, quantize_mse(rows_of(weight, parts, tp_rank, tp_size), 128))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_bias_is_loaded_and_added(bias):
+@pytest.mark.parametrize(
+    ("tp_rank", "skips", "given"), [(0, False, 1), (1, False, 0), (0, True, 0)]
+)
+def test_kernels_are_warmed_up_with_the_bias_that_vllm_hands_in(tp_rank, skips, given, monkeypatch):
+    """Another variant would be compiled while serving: ranks after the first add no bias."""
+    warm = []
+    monkeypatch.setattr(linear, "warm_up", lambda weight, bias, dtype: warm.append(bias))
+    with rank_of(tp_rank, 2):
+        layer = vllm_linear.RowParallelLinear(
+            256, 48, bias=True, skip_bias_add=skips,
+            quant_config=config_of(), prefix=f"{MIXER}.down_proj", params_dtype=torch.bfloat16,
+        )  # fmt: skip
+        layer.bias.weight_loader(layer.bias, torch.zeros(48, dtype=torch.bfloat16))
+        layer.weight.weight_loader(layer.weight, random_weight(48, 256))
+    assert [each is not None for each in warm] == [bool(given)]
+    handed = []
+    monkeypatch.setattr(vllm_linear, "tensor_model_parallel_all_reduce", lambda y: y)
+    monkeypatch.setattr(
+        layer.quant_method, "apply", lambda layer, x, bias: handed.append(bias) or x[:, :48]
+    )
+    layer(random_weight(2, 128))
+    assert [each is not None for each in handed] == [bool(given)]
+
+
+@pytest.mark.parametrize("order", ["weight", "weight bias", "bias weight"])
+@pytest.mark.parametrize("kind", ["ColumnParallelLinear", "RowParallelLinear", "ReplicatedLinear"])
+def test_a_bias_is_loaded_and_added(kind, order):
+    """Before the weight or after it: a checkpoint sorted by name has it before."""
+    with rank_of(0, 1):
+        layer = getattr(vllm_linear, kind)(
+            HIDDEN, 40, bias="bias" in order, params_dtype=torch.bfloat16,
+            quant_config=config_of(), prefix=f"{MIXER}.up_proj",
+        )  # fmt: skip
+        found = {"weight": random_weight(40, HIDDEN), "bias": random_weight(1, 40, seed=5)[0]}
+        for name in order.split():
+            assert hasattr(layer, "weight"), "quantized before all was there"
+            parameter = getattr(layer, name)
+            parameter.weight_loader(parameter, found[name])
+    expected = quantize_mse(found["weight"], 128)
+    assert_same(layer, expected)
+    if "bias" in order:
+        assert torch.equal(layer.bias, found["bias"])
+    assert_multiplies(layer, expected, layer.bias)
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), RANKS)
+def test_biases_of_a_fused_layer_come_before_their_weights(tp_rank, tp_size):
+    parts = [64, 128]
+    with rank_of(tp_rank, tp_size):
+        layer = vllm_linear.MergedColumnParallelLinear(
+            HIDDEN, parts, bias=True, params_dtype=torch.bfloat16, quant_config=config_of(),
+            prefix=f"{MIXER}.gate_up_proj",
+        )  # fmt: skip
+        weight, bias = random_weight(sum(parts), HIDDEN), random_weight(sum(parts), 1, seed=5)
+        for part, (rows, offsets) in enumerate(
+            zip(weight.split(parts), bias.split(parts), strict=True)
+        ):
+            layer.bias.weight_loader(layer.bias, offsets[:, 0], part)
+            assert hasattr(layer, "weight"), "quantized before all was there"
+            layer.weight.weight_loader(layer.weight, rows, part)
+    expected = quantize_mse(rows_of(weight, parts, tp_rank, tp_size), 128)
+    assert_same(layer, expected)
+    assert torch.equal(layer.bias, rows_of(bias, parts, tp_rank, tp_size)[:, 0])
+
+
+def test_a_bias_that_is_missing_is_named():
     with rank_of(0, 1):
         layer = vllm_linear.ColumnParallelLinear(
-            HIDDEN, 40, bias=bias, params_dtype=torch.bfloat16, quant_config=config_of(),
+            HIDDEN, 40, bias=True, params_dtype=torch.bfloat16, quant_config=config_of(),
             prefix=f"{MIXER}.up_proj",
         )  # fmt: skip
-        weight, offset = random_weight(40, HIDDEN), random_weight(1, 40, seed=5)[0]
-        layer.weight.weight_loader(layer.weight, weight)
-        if bias:
-            assert hasattr(layer, "weight"), "quantized before the bias was there"
-            layer.bias.weight_loader(layer.bias, offset)
-    expected = quantize_mse(weight, 128)
-    assert_same(layer, expected)
-    assert_multiplies(layer, expected, layer.bias if bias else None)
+        layer.weight.weight_loader(layer.weight, random_weight(40, HIDDEN))
+        with pytest.raises(ValueError, match="only 8000 of its 8040 weights"):
+            finalize_layerwise_processing(layer, None)
 
 
 def test_a_replicated_layer_is_whole_on_every_rank():

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    RowParallelLinear,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -113,8 +114,16 @@ class Int4Product(LinearMethodBase):
         layer.register_parameter("weight_scale", Parameter(weight.scales, requires_grad=False))
         # A buffer: sleep mode keeps nothing else, and the counters must stay 0.
         layer.register_buffer("weight_arrivals", weight.arrivals, persistent=False)
-        warm_up(weight, getattr(layer, "bias", None), self.dtype)
+        warm_up(weight, _bias_given(layer), self.dtype)
         return weight.nbytes
+
+
+def _bias_given(layer: torch.nn.Module) -> torch.Tensor | None:
+    """The bias that vLLM hands to `apply`: none where it, or another rank, adds the bias."""
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    if elsewhere or getattr(layer, "skip_bias_add", False):
+        return None
+    return getattr(layer, "bias", None)
 
 
 class Int4LinearMethod(Int4Product):
@@ -164,6 +173,7 @@ class Int4LinearMethod(Int4Product):
         self._prepare(layer, rows, input_size, output_size, extra_weight_attrs["weight_loader"])
         self.ledger.expect(self.prefix)
         compat.process_when_loaded(layer)
+        compat.collect_bias(layer)
 
     @abstractmethod
     def _prepare(
