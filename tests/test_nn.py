@@ -125,6 +125,38 @@ def test_copies(duplicate):
     assert torch.equal(duplicate(layer)(x), layer(x))
 
 
+def on_meta(source):
+    with torch.device("meta"):
+        return W4A16Linear(source.in_features, source.out_features)
+
+
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_a_layer_made_on_the_meta_device_is_filled_by_a_state(way):
+    """The counters are in no state: they must neither stay on meta nor hold what memory held."""
+    source = W4A16Linear.from_linear(linear(70, 150))
+    layer = on_meta(source)
+    if way == "to_empty":
+        layer = layer.to_empty(device="cpu")
+        layer.weight_arrivals.fill_(83)
+    layer.load_state_dict(source.state_dict(), assign=way == "assign")
+    assert layer.weight_arrivals.device.type == "cpu" and not layer.weight_arrivals.any()
+    x = torch.randn(4, 150).to(torch.bfloat16)
+    assert torch.equal(layer(x), source(x))
+
+
+def test_counters_keep_their_address_when_a_state_is_loaded():
+    layer = W4A16Linear.from_linear(linear(70, 150))
+    before = layer.weight_arrivals.data_ptr()  # CUDA graphs have it
+    layer.load_state_dict(W4A16Linear.from_linear(linear(70, 150)).state_dict())
+    assert layer.weight_arrivals.data_ptr() == before
+
+
+def test_a_layer_without_values_is_refused():
+    source = W4A16Linear.from_linear(linear(70, 150))
+    with pytest.raises(ValueError, match="x is on cpu, a tensor of the weight on meta; bring all"):
+        on_meta(source)(torch.zeros(1, 150, dtype=torch.bfloat16))
+
+
 def test_to_changes_the_bias_and_leaves_the_integers():
     layer = W4A16Linear.from_linear(linear(70, 150))
     integers = to_quantized(layer.weight)

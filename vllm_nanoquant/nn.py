@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_nanoquant.kernels.layout import ARRIVALS_PER_BLOCK, RuntimeWeight, runtime_shapes
-from vllm_nanoquant.kernels.ops import w4a16
+from vllm_nanoquant.kernels.ops import require_columns, w4a16
 from vllm_nanoquant.quantize.algorithms import quantize
 from vllm_nanoquant.quantize.groups import validate_group
 
@@ -52,8 +52,9 @@ def w4a16_linear(
 ) -> torch.Tensor:
     """Multiply by an int4 weight: x W^T + bias, as ``torch.nn.functional.linear``.
 
-    Up to 16 tokens a row of the result does not depend on the other rows; the same call gives the
-    same bits. `torch.compile` sees one op.
+    On a GPU the same call gives the same bits, and up to 16 tokens a row of the result does not
+    depend on the other rows. Products on one device share a buffer, those with one weight its
+    counters: they belong on one stream. `torch.compile` sees one op.
 
     Args:
         x: [..., K], any strides; bf16 or fp16, on a CPU any floating dtype. Sums are in fp32.
@@ -73,8 +74,7 @@ def w4a16_linear(
 
 def _check_input(x: torch.Tensor, in_features: int, bias: torch.Tensor | None) -> None:
     """Refuse what the op cannot see: it is given no K, and would drop gradients."""
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x is {list(x.shape)}; its last dimension must be {in_features}")
+    require_columns(x, in_features)
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; it must be torch.bfloat16 or torch.float16")
     wants_gradient = x.requires_grad or (bias is not None and bias.requires_grad)
@@ -252,3 +252,10 @@ class W4A16Linear(nn.Module):
             unexpected_keys,
             error_msgs,
         )
+        # Not part of a state: after `to_empty` it holds anything, after assigning it is on meta.
+        if self.weight_arrivals.device == self.weight_packed.device:
+            self.weight_arrivals.zero_()
+        else:
+            self.weight_arrivals = torch.zeros_like(
+                self.weight_arrivals, device=self.weight_packed.device
+            )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -192,3 +193,17 @@ def test_prefill_in_parts(bias: bool, monkeypatch: pytest.MonkeyPatch, at_end: b
     assert mean_relative_error(whole, problem.expected()) <= 5e-3
     monkeypatch.setattr(prefill_module, "SCRATCH_BYTES", 130 * 77 * 2)
     assert torch.equal(prefill(*arguments), whole)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_buffer_lives_as_long_as_graphs_have_its_address(
+    capturing: bool, monkeypatch: pytest.MonkeyPatch, at_end: bool
+) -> None:
+    monkeypatch.setattr(prefill_module, "_scratch", {})
+    monkeypatch.setattr(prefill_module, "_captured", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    small, large = (guard(random_problem(17, rows, 64, 32), at_end) for rows in (64, 128))
+    prefill(*small)
+    (buffer,) = (weakref.ref(each) for each in prefill_module._scratch.values())
+    prefill(*large)
+    assert (buffer() is not None) == capturing

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -75,6 +75,42 @@ def test_the_compiler_sees_one_op() -> None:
     assert torch.equal(compiled(problem.x), run(problem) * 2)
 
 
+def test_the_result_is_contiguous_whatever_x_is() -> None:
+    problem = random_moe(3, 40, 50, 3, 2, 32)
+    transposed = problem.x.t().contiguous().t()
+    torch.library.opcheck(torch.ops.nanoquant.moe_w4a16.default, op_arguments(problem, transposed))
+    assert torch.equal(run(problem, x=transposed), run(problem))
+
+
+@pytest.mark.parametrize("left", range(1, 6))
+def test_weights_that_are_partly_on_the_meta_device_are_refused(left: int) -> None:
+    problem = random_moe(3, 40, 50, 3, 2, 32)
+    arguments = list(op_arguments(problem, problem.x))
+    arguments[left] = cast(torch.Tensor, arguments[left]).to("meta")
+    with pytest.raises(ValueError, match="x is on cpu, a tensor of the weight on meta"):
+        torch.ops.nanoquant.moe_w4a16(*arguments)
+
+
+def op_arguments(problem: MoeProblem, x: torch.Tensor) -> tuple[object, ...]:
+    """What the op itself takes, without the weights' class."""
+    w13, w2 = problem.stacked()
+    return (
+        x,
+        w13.words,
+        w13.scales,
+        w2.words,
+        w2.scales,
+        problem.arrivals(),
+        problem.topk_weights,
+        problem.topk_ids,
+        problem.expert_map,
+        w2.in_features,
+        problem.activation,
+        w2.group_size,
+        w2.group_offset,
+    )
+
+
 def test_an_expert_comes_back_as_it_was_put() -> None:
     problem = random_moe(1, 130, 150, 3, 1, 64, 32)
     for weights, stacked in zip((problem.w13, problem.w2), problem.stacked(), strict=True):
@@ -129,11 +165,16 @@ def test_the_op_names_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (9, 0)])
-@pytest.mark.parametrize("top_k", [1, 2, 6, 8, 22])
+@pytest.mark.parametrize(
+    ("experts", "top_k"), [(128, 1), (128, 2), (128, 6), (128, 22), (16, 8), (8, 2)]
+)
 def test_the_warm_up_meets_every_kernel(
-    top_k: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    experts: int, top_k: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kernels differ in: one token or more, the length of the plan's list, the grouped settings."""
+    """Kernels differ in: one token or more, the length of the plan's list, the grouped settings.
+
+    More than GROUPED_TOKENS come in parts, each of which chooses its own.
+    """
     pytest.importorskip("triton")
     from vllm_nanoquant.kernels.moe_decode import decode_buckets
     from vllm_nanoquant.kernels.moe_grouped import grouped_buckets, grouped_settings
@@ -147,7 +188,7 @@ def test_the_warm_up_meets_every_kernel(
             return ("one",)
         if tokens <= decode_limit(top_k):
             return ("few", next(size for size in PAIR_SIZES if size >= tokens * top_k))
-        return ("many", grouped_settings(tokens, top_k, 128, device))
+        return ("many", grouped_settings(tokens, top_k, experts, device))
 
-    warm = {kernel(n) for n in (*decode_buckets(top_k), *grouped_buckets(128, top_k, device))}
+    warm = {kernel(n) for n in (*decode_buckets(top_k), *grouped_buckets(experts, top_k, device))}
     assert {kernel(tokens) for tokens in range(1, GROUPED_TOKENS + 1)} <= warm

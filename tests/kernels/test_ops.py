@@ -8,6 +8,7 @@ import importlib
 import re
 import sys
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -139,7 +140,10 @@ def test_a_row_alone_equals_the_row_in_a_batch_closely() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.zeros(2, 600)}, "words is torch.int32 [1, 1, 4, 256]; a weight [20, 600]"),
+        ({"x": torch.zeros(2, 600)}, "x is [2, 600]; its last dimension must be 64"),
+        # The padding is the same, so the op could not tell.
+        ({"x": torch.zeros(2, 80)}, "x is [2, 80]; its last dimension must be 64"),
+        ({"x": torch.zeros(())}, "x is []; its last dimension must be 64"),
         ({"bias": torch.zeros(21)}, "bias is torch.float32 [21]"),
         ({"bias": torch.zeros(20, dtype=torch.float16)}, "bias is torch.float16 [20]"),
         ({"bias": torch.zeros(40)[::2]}, "bias must be contiguous"),
@@ -171,6 +175,15 @@ def op_arguments(problem: Problem) -> tuple[object, ...]:
 def test_opcheck(tokens: int, bias: bool) -> None:
     problem = random_problem(tokens, 20, 70, 32, 3, bias=bias)
     torch.library.opcheck(torch.ops.nanoquant.w4a16.default, op_arguments(problem))
+
+
+@pytest.mark.parametrize("left", range(1, 4))
+def test_a_weight_that_is_partly_on_the_meta_device_is_refused(left: int) -> None:
+    """PyTorch would answer with memory that nobody wrote."""
+    arguments = list(op_arguments(random_problem(2, 20, 64, 32)))
+    arguments[left] = cast(torch.Tensor, arguments[left]).to("meta")
+    with pytest.raises(ValueError, match=r"x is on cpu, a tensor of the weight on meta; bring all"):
+        torch.ops.nanoquant.w4a16(*arguments)
 
 
 def test_one_graph_for_every_batch_size() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +185,40 @@ def test_shipped_tables_can_be_used(path, monkeypatch: pytest.MonkeyPatch) -> No
         steps = settings._fused_table(gpu, n, k)
         assert [each.up_to for each in steps] == sorted(each.up_to for each in steps)
         assert steps[-1].up_to <= FUSED_LIMIT
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"shapes": {"1x1"', "[]", "{}", '{"shapes": {"1x1": {"fused": [{"up_to": 32}]}}}'],
+)
+def test_what_is_no_table_is_named(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tuning"
+    folder.mkdir()
+    (folder / "sm00.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(settings, "files", lambda package: tmp_path)
+    with pytest.raises(
+        ValueError, match=r"sm00\.json is no table of kernel settings \(\w+Error: .*"
+    ):
+        settings.table.__wrapped__("sm00")
+
+
+def test_a_shape_without_settings_of_a_kernel_gets_those_of_the_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = {"multiprocessors": 132, "shapes": {"4097x4096": {"decode": None, "fused": []}}}
+    monkeypatch.setattr(settings, "table", lambda family: found)
+    assert settings._decode_settings(H200, 4097, 4096, 32) == decode_rule(H200, 4097, 32)
+    assert settings._fused_table(H200, 4097, 4096) == hopper_rule(H200, 4097, 4096)
+
+
+@pytest.mark.parametrize("rows", [2**20 - 1, 2**20, 1_100_000, 5_000_000, 2**24])
+def test_fused_takes_no_more_tokens_than_its_results_can_be_counted_in_32_bits(rows: int) -> None:
+    steps = settings._fused_table(H200, rows, 128)
+    assert steps[-1].up_to == min(FUSED_LIMIT, (2**31 - 1) // rows)
+    assert [each.up_to for each in steps] == sorted({each.up_to for each in steps})
+    assert steps[-1].up_to * rows < 2**31
 
 
 def test_a_table_is_for_its_own_number_of_multiprocessors() -> None:

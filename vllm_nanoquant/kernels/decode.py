@@ -77,7 +77,6 @@ def load_tokens(
     tokens: int,
     k: int,
     GROUP_OFFSET: tl.constexpr,
-    W: tl.constexpr,
     M: tl.constexpr,
 ) -> tl.tensor:
     """Load up to M tokens, 32 columns from column [W] on per warp: [M / 8, W, 8, 32].
@@ -239,9 +238,8 @@ def decode_kernel(
         dot = tl.zeros((T, 16, M), tl.float32)
         x_sum = tl.zeros((W, 16, M), tl.float32)
         for run in tl.static_range(4):
-            x = load_tokens(
-                x_ptr, chunk * 128 + run * 32 + warp_column, tokens, k, GROUP_OFFSET, W, M
-            )
+            column = chunk * 128 + run * 32 + warp_column
+            x = load_tokens(x_ptr, column, tokens, k, GROUP_OFFSET, M)
             x_0, x_1 = token_operands(x, W, M)
             words = words_0 if run < 2 else words_1
             dot = add_run(dot, words, x_0, x_1, run % 2, TILES, W, M, SUBNORMAL)

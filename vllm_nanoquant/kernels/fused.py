@@ -52,7 +52,7 @@ from vllm_nanoquant.kernels.weights import half_weights
 ARRANGE_ROWS = 8
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens"])
+@triton.jit(do_not_specialize=["tokens", "padded_tokens"])
 def arrange_kernel(
     x_ptr: tl.tensor,
     arranged_ptr: tl.tensor,

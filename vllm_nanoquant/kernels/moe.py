@@ -13,7 +13,7 @@ import torch
 
 from vllm_nanoquant.kernels.experts import ExpertWeights
 from vllm_nanoquant.kernels.moe_reference import ACTIVATIONS, moe_reference
-from vllm_nanoquant.kernels.ops import ALIGNMENT, define_op, launching_on
+from vllm_nanoquant.kernels.ops import ALIGNMENT, define_op, launching_on, require_one_device
 
 SCHEMA = (
     "moe_w4a16(Tensor x, Tensor w13_words, Tensor w13_scales, Tensor w2_words, Tensor w2_scales, "
@@ -126,7 +126,7 @@ def _cuda(*arguments: Any) -> torch.Tensor:
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x is {x.dtype}; on a GPU it must be torch.bfloat16 or torch.float16")
     if len(x) == 0:
-        return torch.empty_like(x)
+        return x.new_empty(x.shape)
     x = x.contiguous()
     if x.data_ptr() % ALIGNMENT:
         x = x.clone()
@@ -143,15 +143,29 @@ def _sum_of_experts(mixture: _Mixture) -> torch.Tensor:
     x, w13, w2, arrivals, weights, ids, expert_map, activation = mixture
     if len(x) <= decode_limit(ids.shape[1]):
         return moe_decode(x, w13, w2, arrivals, weights, ids, expert_map, activation)
+    if len(x) <= GROUPED_TOKENS:
+        return moe_grouped(x, w13, w2, weights, ids, expert_map, activation)
     y = torch.empty_like(x)
     for first in range(0, len(x), GROUPED_TOKENS):
         part = slice(first, first + GROUPED_TOKENS)
-        y[part] = moe_grouped(x[part], w13, w2, weights[part], ids[part], expert_map, activation)
+        # The last one may have so few tokens that only `moe_decode` was warmed up for them.
+        y[part] = _sum_of_experts(
+            mixture._replace(x=x[part], topk_weights=weights[part], topk_ids=ids[part])
+        )
     return y
 
 
-def _fake(x: torch.Tensor, *rest: object) -> torch.Tensor:
-    return torch.empty_like(x)
+def _fake(
+    x: torch.Tensor,
+    w13_words: torch.Tensor,
+    w13_scales: torch.Tensor,
+    w2_words: torch.Tensor,
+    w2_scales: torch.Tensor,
+    arrivals: torch.Tensor,
+    *rest: object,
+) -> torch.Tensor:
+    require_one_device(x, w13_words, w13_scales, w2_words, w2_scales, arrivals)
+    return x.new_empty(x.shape)
 
 
 define_op(SCHEMA, _cpu, _cuda, _fake)

@@ -141,7 +141,7 @@ def expert_product(
     return tl.reshape(y, (TILES * 16, 8))
 
 
-@triton.jit(do_not_specialize=["pairs", "chunks"])
+@triton.jit(do_not_specialize=["chunks"])
 def up_kernel(
     x_ptr: tl.tensor,
     words_ptr: tl.tensor,
@@ -150,7 +150,6 @@ def up_kernel(
     map_ptr: tl.tensor,
     plan_ptr: tl.tensor,
     h_ptr: tl.tensor,
-    pairs: int,
     n: int,
     k: int,
     chunks: int,
@@ -337,7 +336,6 @@ def moe_decode(
         expert_map,
         plan,
         h,
-        pairs,
         *w13.shape,
         w13.chunks,
         w13.scale_stride,

@@ -138,7 +138,25 @@ def _fake(
     group_size: int,
     group_offset: int,
 ) -> torch.Tensor:
+    require_one_device(x, words, scales, arrivals)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def require_one_device(x: torch.Tensor, *weights: torch.Tensor) -> None:
+    """Refuse a weight that is partly elsewhere.
+
+    PyTorch takes the fake of an op as soon as one tensor has no values. Where that is a buffer that
+    was left on the meta device, the result would be memory that nobody wrote.
+
+    Raises:
+        ValueError: a tensor of the weight is not on x's device.
+    """
+    for each in weights:
+        if each.device != x.device:
+            raise ValueError(
+                f"x is on {x.device}, a tensor of the weight on {each.device}; bring all of the "
+                "layer to one device, after its weights are loaded"
+            )
 
 
 def define_op(
@@ -184,6 +202,7 @@ def w4a16(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = No
 
     Raises ValueError when shapes, dtypes or devices do not fit together.
     """
+    require_columns(x, weight.in_features)
     return torch.ops.nanoquant.w4a16(
         x,
         weight.words,
@@ -194,6 +213,16 @@ def w4a16(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = No
         weight.group_size,
         weight.group_offset,
     )
+
+
+def require_columns(x: torch.Tensor, in_features: int) -> None:
+    """Refuse x of another K, which the op cannot see: the weight is padded, and x says what K is.
+
+    Raises:
+        ValueError: the last dimension of x is not K.
+    """
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x is {list(x.shape)}; its last dimension must be {in_features}")
 
 
 def warm_up(

@@ -31,6 +31,8 @@ TILES = 4
 NUM_WARPS = 8
 
 _scratch: dict[torch.device, torch.Tensor] = {}
+# Buffers whose addresses are in CUDA graphs, which may be replayed when a larger one serves.
+_captured: set[torch.Tensor] = set()
 
 
 @triton.jit
@@ -166,7 +168,10 @@ def prefill(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None) -
     """
     n, k = weight.shape
     step = rows_per_part(weight, x.element_size())
-    scratch = reserve_scratch(x.device, scratch_bytes(weight, x.element_size())).view(x.dtype)
+    buffer = reserve_scratch(x.device, scratch_bytes(weight, x.element_size()))
+    if torch.cuda.is_current_stream_capturing():
+        _captured.add(buffer)
+    scratch = buffer.view(x.dtype)
     y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
     for first in range(0, n, step):
         rows = slice(first, min(first + step, n))

@@ -159,9 +159,38 @@ def launch_options(device: torch.device, num_warps: int, num_stages: int) -> dic
 
 @functools.cache
 def table(family: str) -> dict[str, Any]:
-    """The table of a GPU family, empty where there is none."""
+    """The table of a GPU family, empty where there is none.
+
+    Raises:
+        ValueError: the file is no table.
+    """
     path = files("vllm_nanoquant.kernels") / "tuning" / f"{family}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for entry in found["shapes"].values():
+            _decode_of(entry)
+            _fused_of(entry)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no table of kernel settings ({type(error).__name__}: {error}); remove it, "
+            "or write it again with python -m vllm_nanoquant.kernels.tune"
+        ) from error
+    return found
+
+
+def _decode_of(entry: dict[str, Any]) -> DecodeSettings | None:
+    """Settings of `decode` of a shape in a table, if it has some."""
+    if not (found := entry.get("decode")):
+        return None
+    launches = (DecodeLaunch(**found[name]) for name in ("up_to_8", "up_to_16"))
+    return DecodeSettings(found["warps_k"], found["split"], *launches)
+
+
+def _fused_of(entry: dict[str, Any]) -> tuple[FusedSettings, ...]:
+    """Settings of `fused` of a shape in a table, none where it has none."""
+    return tuple(FusedSettings(**each) for each in entry.get("fused") or ())
 
 
 def _entry(gpu: Gpu, n: int, k: int) -> dict[str, Any]:
@@ -173,15 +202,7 @@ def _entry(gpu: Gpu, n: int, k: int) -> dict[str, Any]:
 
 @functools.cache
 def _decode_settings(gpu: Gpu, n: int, k: int, chunks: int) -> DecodeSettings:
-    entry = _entry(gpu, n, k).get("decode")
-    if entry is None:
-        return decode_rule(gpu, n, chunks)
-    return DecodeSettings(
-        entry["warps_k"],
-        entry["split"],
-        DecodeLaunch(**entry["up_to_8"]),
-        DecodeLaunch(**entry["up_to_16"]),
-    )
+    return _decode_of(_entry(gpu, n, k)) or decode_rule(gpu, n, chunks)
 
 
 def decode_settings(weight: RuntimeWeight, device: torch.device) -> DecodeSettings:
@@ -292,10 +313,15 @@ def hopper_rule(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
 
 @functools.cache
 def _fused_table(gpu: Gpu, n: int, k: int) -> tuple[FusedSettings, ...]:
-    entries = _entry(gpu, n, k).get("fused")
-    if entries is not None:
-        return tuple(FusedSettings(**each) for each in entries)
-    return hopper_rule(gpu, n, k) if gpu.is_hopper else _AMPERE_FUSED
+    """The steps of `fused`, as far as elements of y [tokens, N] can be counted in 32 bits."""
+    steps = _fused_of(_entry(gpu, n, k))
+    if not steps:
+        steps = hopper_rule(gpu, n, k) if gpu.is_hopper else _AMPERE_FUSED
+    most = (2**31 - 1) // n
+    within = [each for each in steps if each.up_to < most]
+    if len(within) == len(steps):
+        return steps
+    return *within, replace(steps[len(within)], up_to=most)
 
 
 def fused_limit(weight: RuntimeWeight, device: torch.device) -> int:
