@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from vllm_nanoquant.kernels import tune
+from vllm_nanoquant.kernels import prefill, tune
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import Gpu
 
@@ -106,3 +108,76 @@ def test_a_wrong_shape_is_named(text: str) -> None:
 
 def test_shapes_are_rows_by_columns() -> None:
     assert tune.parse_shapes("22656x4480,16X32") == [(22656, 4480), (16, 32)]
+
+
+def test_what_could_not_be_run_gets_no_entry() -> None:
+    """Settings that nothing could run would fail while serving; the rule may not."""
+    assert tune.tune_decode(H200, cast(tune.Shape, GivenTimes({})), N, CHUNKS) is None
+
+    class OnlyPrefill:
+        def measure(self, tokens: int, run: Run, name: str) -> float:
+            return 10.0 if name == "prefill" else math.inf
+
+    assert tune.tune_fused(H200, cast(tune.Shape, OnlyPrefill())) == []
+
+
+def test_a_wrong_first_candidate_does_not_leave_out_the_right_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefill, "prefill", lambda x, weight, bias: x + 1)
+    shape = object.__new__(tune.Shape)
+    shape.copies, shape.expected = [cast(RuntimeWeight, None)], {}
+    x = torch.ones(3, 4)
+    assert shape._error(x + 5, x) == 2.0
+    assert math.isnan(shape._error(x * math.nan, x))
+    assert shape._error(x + 1, x) == 0.0
+
+
+SHIPPED = Path(tune.__file__).with_name("tuning") / "sm90.json"
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tune, "gpu_of", lambda device: H200)
+
+
+@pytest.mark.usefixtures("on_an_h200")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--output {tmp}/none/sm90.json", "there is no folder"),
+        ("--output {tmp}/sm86.json", "settings for this GPU are looked for in sm90.json"),
+        ("--output {tmp}", "settings for this GPU are looked for in sm90.json"),
+        ("--output {tmp}/sm90.json --jobs 0", "--jobs 0: at least 1"),
+        ("--output {tmp}/sm90.json --shapes 4x", "'4x' is not a shape"),
+        ("--output {tmp}/broken/sm90.json", "sm90.json is no table of kernel settings"),
+    ],
+)
+def test_wrong_arguments_are_said_before_anything_is_compiled(
+    arguments: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    broken = tmp_path / "broken" / "sm90.json"
+    broken.parent.mkdir()
+    broken.write_text("{", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["tune", *arguments.format(tmp=tmp_path).split()])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("on_an_h200")
+def test_shapes_that_a_file_has_from_such_a_gpu_stay(tmp_path: Path) -> None:
+    path = tmp_path / "sm90.json"
+    assert tune.table_to_extend(path, H200)["shapes"] == {}
+    measured = json.loads(SHIPPED.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(measured), encoding="utf-8")
+    assert tune.table_to_extend(path, H200)["shapes"] == measured["shapes"]
+    path.write_text(json.dumps(measured | {"multiprocessors": 114}), encoding="utf-8")
+    assert tune.table_to_extend(path, H200)["shapes"] == {}

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -165,10 +166,19 @@ def table(family: str) -> dict[str, Any]:
         ValueError: the file is no table.
     """
     path = files("vllm_nanoquant.kernels") / "tuning" / f"{family}.json"
-    if not path.is_file():
-        return {}
+    return read_table(path) if path.is_file() else {}
+
+
+def read_table(path: Traversable) -> dict[str, Any]:
+    """Read a file as the tuner writes it.
+
+    Raises:
+        ValueError: it is something else.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if missing := {"capability", "multiprocessors", "shapes"} - set(found):
+            raise ValueError(f"no {min(missing)!r}")
         for entry in found["shapes"].values():
             _decode_of(entry)
             _fused_of(entry)

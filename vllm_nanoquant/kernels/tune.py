@@ -5,7 +5,8 @@
 
 Shapes are those of Nemotron-Nano-9B-v2 unless `--shapes 4096x14336,...` (N x K) names others. For a
 shape that is not in the table the rules in `settings.py` decide. Each candidate's result is
-compared with the others'; one that is wrong or does not fit the GPU is left out and named.
+compared with `prefill`'s; one that is wrong or does not fit the GPU is left out and named. Shapes
+that the file has from this kind of GPU stay in it, so a run may be stopped and taken up again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -39,6 +40,7 @@ from vllm_nanoquant.kernels.settings import (
     cuts,
     decode_rule,
     gpu_of,
+    read_table,
 )
 from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph, warm_up_for
 from vllm_nanoquant.quantize.minmax import quantize_minmax
@@ -147,14 +149,14 @@ def decode_pairs(gpu: Gpu, n: int, chunks: int) -> list[tuple[int, DecodeSetting
 
 
 def compile_one(job: tuple[int, DecodeSettings | FusedSettings]) -> None:
-    """Compile a candidate by using it on a small weight; errors show when it is measured."""
+    """Compile a candidate by using it on a small weight; what fails shows when it is measured."""
     from vllm_nanoquant.kernels.decode import decode
     from vllm_nanoquant.kernels.fused import fused
 
     tokens, settings = job
-    weight = small_weight()
-    x = torch.zeros((tokens, weight.in_features), dtype=torch.bfloat16, device="cuda")
     try:
+        weight = small_weight()
+        x = torch.zeros((tokens, weight.in_features), dtype=torch.bfloat16, device="cuda")
         if isinstance(settings, DecodeSettings):
             decode(x, weight, None, settings)
         else:
@@ -183,20 +185,27 @@ class Shape:
     def measure(
         self, tokens: int, run: Callable[[torch.Tensor, RuntimeWeight], torch.Tensor], name: str
     ) -> float:
-        """Microseconds of a candidate; infinite where it fails, or differs from the first one."""
+        """Microseconds of a candidate; infinite where it fails, or differs from `prefill`."""
         generator = torch.Generator("cuda").manual_seed(tokens)
         x = torch.randn((tokens, self.k), dtype=torch.bfloat16, device="cuda", generator=generator)
         try:
-            y = run(x, self.copies[0]).float()
-            expected = self.expected.setdefault(tokens, y)
-            error = float((y - expected).abs().mean() / expected.abs().mean())
+            error = self._error(run(x, self.copies[0]), x)
             if not error <= TOLERANCE:
-                raise ValueError(f"differs from other settings by {error:.1e}")
+                raise ValueError(f"differs from the dequantized weight's product by {error:.1e}")
             calls = [lambda weight=weight: run(x, weight) for weight in self.copies]
             return time_in_graph(calls, REPLAYS, warm_up_for(tokens)).median
         except Exception as error:  # out of registers, out of shared memory, wrong
             tqdm.write(f"left out: {name}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
             return math.inf
+
+    def _error(self, y: torch.Tensor, x: torch.Tensor) -> float:
+        """Mean difference of a result from that of `prefill`, relative to its mean size."""
+        from vllm_nanoquant.kernels.prefill import prefill
+
+        if len(x) not in self.expected:
+            self.expected[len(x)] = prefill(x, self.copies[0], None).float()
+        expected = self.expected[len(x)]
+        return float((y.float() - expected).abs().mean() / expected.abs().mean())
 
 
 def fastest(candidates: Iterable[T], measure: Callable[[T], float]) -> tuple[float, T]:
@@ -214,8 +223,11 @@ def fastest(candidates: Iterable[T], measure: Callable[[T], float]) -> tuple[flo
     return median(times[best]), best
 
 
-def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
-    """Entry "decode" of a shape: the cut of K with the least mean of times, as WEIGHTS has it."""
+def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any] | None:
+    """Entry "decode" of a shape: the cut of K with the least mean of times, as WEIGHTS has it.
+
+    None where nothing could be run.
+    """
     from vllm_nanoquant.kernels.decode import decode
 
     def mean(settings: DecodeSettings, *tokens: int) -> float:
@@ -238,11 +250,15 @@ def tune_decode(gpu: Gpu, shape: Shape, n: int, chunks: int) -> dict[str, Any]:
         if time <= limit:
             _, long = fastest(candidates(cut, LONG), lambda each: mean(each, 16))
             found.append(replace(settings, up_to_16=long.up_to_16))
-    return asdict(fastest(found, lambda each: mean(each, *WEIGHTS))[1])
+    time, best = fastest(found, lambda each: mean(each, *WEIGHTS))
+    return asdict(best) if time < math.inf else None
 
 
 def tune_fused(gpu: Gpu, shape: Shape) -> list[dict[str, Any]]:
-    """Entry "fused" of a shape: the best settings per bucket, while faster than `prefill`."""
+    """Entry "fused" of a shape: the best settings per bucket, while faster than `prefill`.
+
+    Empty where nothing could be run.
+    """
     from vllm_nanoquant.kernels.fused import fused
     from vllm_nanoquant.kernels.prefill import prefill
 
@@ -254,7 +270,7 @@ def tune_fused(gpu: Gpu, shape: Shape) -> list[dict[str, Any]]:
     for bucket in BUCKETS:
         limit = shape.measure(bucket, lambda x, w: prefill(x, w, None), "prefill")
         time, chosen = fastest(fused_candidates(gpu, bucket), measure)
-        if time > PREFERENCE * limit and entries:
+        if time == math.inf or (time > PREFERENCE * limit and entries):
             break
         if entries and replace(chosen, up_to=0) == FusedSettings(**{**entries[-1], "up_to": 0}):
             entries[-1]["up_to"] = bucket
@@ -274,8 +290,34 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     return shapes
 
 
-def main() -> None:
-    """Compile all candidates side by side, measure them shape by shape, write the table."""
+def table_to_extend(path: Path, gpu: Gpu) -> dict[str, Any]:
+    """The table that is written, with the shapes that `path` has from such a GPU."""
+    table: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": list(gpu.capability),
+        "multiprocessors": gpu.multiprocessors,
+        "torch": torch.__version__,
+        "shapes": {},
+    }
+    if path.exists():
+        before = read_table(path)
+        same = all(before[name] == table[name] for name in ("capability", "multiprocessors"))
+        table["shapes"] = before["shapes"] if same else {}
+    return table
+
+
+class Task(NamedTuple):
+    """What the command line asks for."""
+
+    output: Path
+    shapes: list[tuple[int, int]]
+    jobs: int
+    gpu: Gpu
+    table: dict[str, Any]
+
+
+def parse_arguments() -> Task:
+    """Read the command line; what is wrong ends the program before anything slow."""
     parser = argparse.ArgumentParser(description="measure kernel settings on this GPU")
     parser.add_argument("--output", type=Path, required=True, help="JSON file, sm<capability>.json")
     parser.add_argument("--shapes", default=SHAPES, help="N x K, as in 22656x4480,4480x10240")
@@ -285,31 +327,44 @@ def main() -> None:
         shapes = parse_shapes(options.shapes)
     except ValueError as error:
         parser.error(f"--shapes: {error}")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
+    if not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: there is no folder {options.output.parent}")
     if not torch.cuda.is_available():
         parser.error("no NVIDIA GPU: nothing can be measured here")
     gpu = gpu_of(torch.device("cuda", torch.cuda.current_device()))
-    jobs = {pair for n, k in shapes for pair in decode_pairs(gpu, n, math.ceil(k / 128))}
-    fused_jobs = {(bucket, each) for bucket in BUCKETS for each in fused_candidates(gpu, bucket)}
+    if options.output.name != f"{gpu.family}.json":
+        parser.error(
+            f"--output {options.output}: settings for this GPU are looked for in {gpu.family}.json"
+        )
+    try:
+        table = table_to_extend(options.output, gpu)
+    except ValueError as error:
+        parser.error(f"--output: {error}")
+    return Task(options.output, shapes, options.jobs, gpu, table)
+
+
+def main() -> None:
+    """Compile all candidates side by side, measure them shape by shape, write the table."""
+    output, shapes, jobs, gpu, table = parse_arguments()
+    decode_work = {pair for n, k in shapes for pair in decode_pairs(gpu, n, math.ceil(k / 128))}
+    fused_work = {(bucket, each) for bucket in BUCKETS for each in fused_candidates(gpu, bucket)}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        work = [*jobs, *fused_jobs]
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        work = [*decode_work, *fused_work]
         list(tqdm(pool.map(compile_one, work), "compiling", len(work)))
-    table: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(gpu.capability),
-        "multiprocessors": gpu.multiprocessors,
-        "torch": torch.__version__,
-        "shapes": {},
-    }
     for n, k in tqdm(shapes, "measuring"):
         shape = Shape(n, k)
-        table["shapes"][f"{n}x{k}"] = {
+        found = {
             "decode": tune_decode(gpu, shape, n, math.ceil(k / 128)),
             "fused": tune_fused(gpu, shape),
         }
+        # Where nothing could be run the rule decides, as for a shape that is not there.
+        table["shapes"][f"{n}x{k}"] = {kernel: entry for kernel, entry in found.items() if entry}
         del shape
         torch.cuda.empty_cache()
-        write_whole(options.output, json.dumps(table, indent=1) + "\n")
+        write_whole(output, json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":
