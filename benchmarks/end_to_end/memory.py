@@ -23,10 +23,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.end_to_end.run import GEOMETRY, LOGGING, packages
+from benchmarks.common import versions
+from benchmarks.end_to_end.run import GEOMETRY, LOGGING
 from vllm_nanoquant.planner.fit import fit
 from vllm_nanoquant.planner.numbers import GIB, MIB
-from vllm_nanoquant.planner.settings import Settings, caching_of
+from vllm_nanoquant.planner.settings import Settings, caching_of, installed_vllm
 from vllm_nanoquant.planner.source import read_facts
 from vllm_nanoquant.planner.weights import Ranks
 from vllm_nanoquant.recipe import METHOD, Recipe
@@ -97,7 +98,7 @@ def run_engine(arguments: argparse.Namespace, log: Path) -> dict[str, Any]:
     return found
 
 
-def planned(arguments: argparse.Namespace, gpu_memory: int, release: str) -> dict[str, Any]:
+def planned(arguments: argparse.Namespace, gpu_memory: int, release: str | None) -> dict[str, Any]:
     """The planner's figures for the same engine."""
     settings = Settings(
         gpu_memory=gpu_memory,
@@ -139,11 +140,11 @@ def main() -> None:
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.8)
     arguments = parser.parse_args()
     vllm = run_engine(arguments, arguments.output.with_suffix(".log"))
-    plan = planned(arguments, arguments.gpu_memory_mib * MIB, packages()["vllm"])
+    plan = planned(arguments, arguments.gpu_memory_mib * MIB, installed_vllm())
     problem = {name: value for name, value in vars(arguments).items() if name != "output"}
     report = {
         "problem": problem | {"geometry": arguments.geometry.name},
-        "packages": packages(),
+        "packages": versions(),
         "vllm": vllm,
         "plan": plan,
         "plan_over_vllm": {name: plan[name] / vllm[name] for name in plan if vllm.get(name)},

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
-from benchmarks.end_to_end.run import packages  # noqa: E402
+from benchmarks.common import versions  # noqa: E402
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
 KV_CACHE_BYTES = 4 << 30
@@ -107,7 +107,7 @@ def main() -> None:
             "tensor_parallel_size": arguments.ranks,
         },
         "device": f"{arguments.ranks} {torch.cuda.get_device_name()}",
-        "packages": packages(),
+        "packages": versions(),
         "results": {"one_gpu": one, "several": several, "logits": compare(logits, expected)},
     }
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -15,7 +15,6 @@ one after the other.
 import argparse
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -24,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
+from benchmarks.common import versions  # noqa: E402
 from benchmarks.end_to_end.contestants import NAMES, PEERS, engine_options, environment  # noqa: E402
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
@@ -166,17 +166,6 @@ def measure(arguments: argparse.Namespace, names: Sequence[str]) -> Iterator[dic
                 engine.end()
 
 
-def packages() -> dict[str, str]:
-    """Versions of what decides the figures."""
-    found = {"python": platform.python_version()}
-    for name in ("vllm", "torch", "triton"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
 def table(results: dict[str, Any], batches: list[int], prefill: list[int]) -> str:
     """The figures as a Markdown table, one row a contestant."""
     columns = ["weights", "GiB", "peak GiB", "load s"]
@@ -240,7 +229,7 @@ def main() -> None:
             "started_at_once": arguments.together,
         },
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "packages": packages(),
+        "packages": versions(),
         "results": {},
     }
     for first in range(0, len(arguments.contestants), arguments.together):

@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.common import VLLM
 from benchmarks.kernels.sections import markdown_table
 from benchmarks.kernels.table import put_section
 
@@ -29,7 +30,8 @@ RATES, FIRST = "decode_tokens_per_second", "time_to_first_token_ms"
 def tables(report: dict[str, Any]) -> str:
     """Tokens per second, time to the first token and memory of each contestant."""
     problem, packages = report["problem"], report["packages"]
-    names = ", ".join(f"{name} {packages[name]}" for name in ("vllm", "torch", "triton"))
+    known = [name for name in (*VLLM, "torch", "triton") if name in packages]
+    names = ", ".join(f"{name} {packages[name]}" for name in known)
     ran = {name: row for name, row in report["results"].items() if "error" not in row}
     parts = [
         [

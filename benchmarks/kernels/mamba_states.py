@@ -29,7 +29,8 @@ from vllm.model_executor.layers.mamba.ops import mamba_ssm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
-from benchmarks.kernels.report import describe_device, versions  # noqa: E402
+from benchmarks.common import versions  # noqa: E402
+from benchmarks.kernels.report import describe_device  # noqa: E402
 from vllm_nanoquant.files import write_whole  # noqa: E402
 from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph  # noqa: E402
 

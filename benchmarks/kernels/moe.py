@@ -27,9 +27,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
+from benchmarks.common import versions  # noqa: E402
 from benchmarks.kernels.moe_peers import CONTESTANTS, Contestant, Experts  # noqa: E402
 from benchmarks.kernels.peers.base import Refused  # noqa: E402
-from benchmarks.kernels.report import describe_device, versions  # noqa: E402
+from benchmarks.kernels.report import describe_device  # noqa: E402
 from vllm_nanoquant.kernels.timing import time_in_graph  # noqa: E402
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 6, 2688, 1856

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.common import output_file, positive
 from benchmarks.kernels.layers import (
     GROUP_SIZE,
     LAYERS,
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="W4A16 kernels beside their rivals; lists are separated by commas."
     )
-    parser.add_argument("--output", type=_output, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, help="JSON file to write")
     parser.add_argument("--layers", type=_layers, help=f"default: {','.join(LAYERS)}")
     parser.add_argument(
         "--shapes", type=_shapes, default=(), help="NxK; alone, instead of the layers"
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         default=GROUP_SIZE,
         help="asked of every contestant; one that refuses it is asked for less (default: 128)",
     )
-    parser.add_argument("--replays", type=_positive, help=f"timed per figure (default: {REPLAYS})")
+    parser.add_argument("--replays", type=positive, help=f"timed per figure (default: {REPLAYS})")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -87,15 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         f"{QUICK_REPLAYS} replays, unless given",
     )
     return parser
-
-
-def _output(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
-    return path
 
 
 def _layers(text: str) -> tuple[Layer, ...]:
@@ -125,10 +117,4 @@ def _shapes(text: str) -> tuple[Layer, ...]:
 
 
 def _tokens(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_positive(number.strip()) for number in text.split(",")}))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+    return tuple(sorted({positive(number.strip()) for number in text.split(",")}))

