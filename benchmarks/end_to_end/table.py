@@ -28,11 +28,19 @@ RATES, FIRST = "decode_tokens_per_second", "time_to_first_token_ms"
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Tokens per second, time to the first token and memory of each contestant."""
+    """Tokens per second, time to the first token and memory of each contestant.
+
+    Raises:
+        ValueError: there are no such figures.
+    """
     problem, packages = report["problem"], report["packages"]
     known = [name for name in (*VLLM, "torch", "triton") if name in packages]
     names = ", ".join(f"{name} {packages[name]}" for name in known)
     ran = {name: row for name, row in report["results"].items() if "error" not in row}
+    if not ran:
+        raise ValueError("every contestant failed, so there is nothing for a table")
+    if not all(row[RATES] and row[FIRST] for row in ran.values()):
+        raise ValueError("nothing was timed: run.py without --only-load does that")
     parts = [
         [
             f"{problem['geometry']}, {problem['weights']} weights, one {report['device']} "

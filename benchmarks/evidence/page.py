@@ -184,6 +184,13 @@ _LAYERS = """
 
 
 Report = dict[str, Any]
+# What tells the file of each option from those of the others.
+_KEYS = {
+    "evidence": ("problem", "machine", "results"),
+    "training": ("options", "heldout", "curve"),
+    "contest": ("device", "packages", "results"),
+    "tool": ("problem", "machine", "packages", "results"),
+}
 
 
 def page(evidence: Report, training: Report, contest: Report, tool: Report) -> str:
@@ -221,6 +228,24 @@ def page(evidence: Report, training: Report, contest: Report, tool: Report) -> s
     )
 
 
+def _read(path: Path, keys: tuple[str, ...]) -> Report:
+    """A result file.
+
+    Raises:
+        ValueError: it is that of another script; the message names it.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    for key in keys:
+        if not isinstance(report, dict) or key not in report:
+            raise ValueError(f"{path} is another script's result: it has no {key!r}")
+    if not isinstance(report.get("results", {}), dict):
+        raise ValueError(f"{path} is another script's result: its results have no names")
+    return report
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -231,14 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder to write in")
     parser.add_argument("--plots", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args(arguments)
+    if not options.docs.is_dir():
+        parser.error(f"there is no folder {options.docs}: --docs is where the page goes")
     try:
         evidence, training, contest, tool = (
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in (options.evidence, options.training, options.contest, options.tool)
+            _read(getattr(options, name), keys) for name, keys in _KEYS.items()
         )
-    except OSError as error:
+        text = page(evidence, training, contest, tool)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    write_whole(options.docs / "evidence.md", page(evidence, training, contest, tool))
+    except (AttributeError, LookupError, TypeError) as error:
+        files = ", ".join(str(getattr(options, name)) for name in _KEYS)
+        parser.error(f"no page can be made of {files}: {error!r}")
+    write_whole(options.docs / "evidence.md", text)
     if options.plots:
         try:
             save_all(evidence["results"], training, options.docs / "images")

@@ -42,10 +42,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.common import output_file, write_json
 from benchmarks.kernels.layers import GROUP_SIZE, LAYERS, MODEL, Layer
 from benchmarks.kernels.sections import format_us, markdown_table
 from benchmarks.kernels.table import add_markdown_files, tell_stale, update
-from vllm_nanoquant.files import write_whole
 from vllm_nanoquant.kernels.layout import BLOCK, CHUNK, TILE, TILE_WORDS, padded
 from vllm_nanoquant.kernels.settings import DecodeSettings, Gpu, decode_rule
 
@@ -305,13 +305,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--read", type=Path, metavar="JSON", help="predictions made before")
-    parser.add_argument("--output", type=Path, metavar="JSON", help="where to write predictions")
+    parser.add_argument(
+        "--output", type=output_file, metavar="JSON", help="where to write predictions"
+    )
     add_markdown_files(parser)
     options = parser.parse_args(arguments)
     try:
         result = json.loads(options.read.read_text("utf-8")) if options.read else predict_all()
         if options.output:
-            write_whole(options.output, json.dumps(result, indent=1) + "\n")
+            write_json(options.output, result)
         source = options.read or options.output
         text = section(result, source.name if source else "no file")
         files = [*options.check, *options.write]
@@ -320,6 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fresh = {path: update(path, text, bool(options.write), (BEGIN, END)) for path in files}
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    except (AttributeError, LookupError, TypeError) as error:
+        if not options.read:  # no file is to blame
+            raise
+        parser.error(f"{options.read} is not a result of predict.py: {error!r}")
     return tell_stale(fresh, options)
 
 

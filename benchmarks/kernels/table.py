@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.kernels.results import Results
 from benchmarks.kernels.sections import full, summary
+from vllm_nanoquant.files import write_whole
 
 BEGIN = "<!-- kernels:begin -->"
 END = "<!-- kernels:end -->"
@@ -50,7 +51,7 @@ def update(path: Path, section: str, write: bool, markers: tuple[str, str] = (BE
     """Whether a file has this section between its markers; if not and `write`, it has now.
 
     Raises:
-        ValueError: the file cannot be read or has no markers; the message names it.
+        ValueError: the file cannot be read or written, or has no markers; the message names it.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -60,7 +61,10 @@ def update(path: Path, section: str, write: bool, markers: tuple[str, str] = (BE
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if write and text != wanted:
-        path.write_text(wanted, encoding="utf-8")
+        try:
+            write_whole(path, wanted)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
     return text == wanted
 
 
@@ -107,9 +111,14 @@ def put_section(
     files = [*options.check, *options.write]
     try:
         section = tables(json.loads(options.result.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.result}: {error}")
+    except (AttributeError, LookupError, TypeError) as error:  # JSON of another script
+        parser.error(f"{options.result} is not a result of {made_by}: {error!r}")
+    try:
         fresh = {path: update(path, section, bool(options.write), markers) for path in files}
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{options.result}: {error!r}")
+    except ValueError as error:
+        parser.error(str(error))
     if not files:
         print(section)
     return tell_stale(fresh, options)

@@ -42,6 +42,7 @@ from tiny_model.model import ssd_scan  # noqa: E402
 
 from vllm_nanoquant.calibration.skeleton import lift_step_limits  # noqa: E402
 from vllm_nanoquant.calibration.text import load_sequences, load_tokenizer  # noqa: E402
+from vllm_nanoquant.files import write_whole  # noqa: E402
 
 VARIANTS = ("rtn-sym", "rtn-asym", "mse-sym", "mse-asym", "gptq-sym", "gptq-asym")
 MORE_VARIANTS = ("gptq-minmax-sym", "gptq-minmax-asym")
@@ -182,12 +183,14 @@ def main() -> None:
     needs_text = any(variant.startswith("gptq") for variant in arguments.variants)
     if needs_text and arguments.calibration_text is None and arguments.calibration_ids is None:
         parser.error("gptq needs --calibration-text or --calibration-ids")
+    # Before the first variant, which takes minutes: the record must find its folder.
+    arguments.output.mkdir(parents=True, exist_ok=True)
     packages = ("llmcompressor", "compressed-tensors", "transformers", "torch")
     records: dict[str, Any] = {"packages": {name: version(name) for name in packages}}
     for variant in arguments.variants:
         records[variant] = compress(variant, arguments)
         text = json.dumps(records, indent=1) + "\n"
-        (arguments.output / RECORD).write_text(text, encoding="utf-8")
+        write_whole(arguments.output / RECORD, text)
 
 
 if __name__ == "__main__":
