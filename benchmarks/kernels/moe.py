@@ -27,7 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
-from benchmarks.common import versions  # noqa: E402
+from benchmarks.common import NO_GPU, versions  # noqa: E402
 from benchmarks.kernels.moe_peers import CONTESTANTS, Contestant, Experts  # noqa: E402
 from benchmarks.kernels.peers.base import Refused  # noqa: E402
 from benchmarks.kernels.report import describe_device  # noqa: E402
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("no CUDA GPU: torch.cuda.is_available() is false", file=sys.stderr)
+        print(NO_GPU, file=sys.stderr)
         return 2
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before a contestant imports vLLM
     device = torch.device("cuda", torch.cuda.current_device())

@@ -30,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
-from benchmarks.common import versions  # noqa: E402
+from benchmarks.common import NO_GPU, versions  # noqa: E402
 from benchmarks.kernels.layers import MODEL  # noqa: E402
 from benchmarks.kernels.measure import (  # noqa: E402
     PAUSE_SECONDS,
@@ -85,6 +85,16 @@ def benchmark(
     return report
 
 
+def selects(options: Options, peers: Sequence[Peer]) -> bool:
+    """Whether any of the peers is measured on any of the layers at all."""
+    return any(
+        layer.takes(tokens) and peer.is_measured_at(tokens)
+        for layer in options.layers
+        for tokens in options.tokens
+        for peer in peers
+    )
+
+
 def describe_problem(options: Options) -> dict[str, object]:
     """What is measured, and how."""
     return {
@@ -113,15 +123,22 @@ def describe_problem(options: Options) -> dict[str, object]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a line per figure, and write the JSON file; the exit status."""
     options = parse_options(arguments)
-    if not torch.cuda.is_available():
-        print("no CUDA GPU: torch.cuda.is_available() is false", file=sys.stderr)
-        return 2
     # Before a contestant imports vLLM.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    peers = [load(name) for name in options.peers if name in CONTESTANTS]
+    if peers and not selects(options, peers):
+        print(
+            f"nothing to measure: no contestant is measured at {options.tokens} tokens on "
+            f"{', '.join(layer.name for layer in options.layers)}; give other --tokens or --layers",
+            file=sys.stderr,
+        )
+        return 2
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return 2
     device = torch.device("cuda", torch.cuda.current_device())
     report = Report(describe_problem(options), describe_device(device), versions())
-    peers = [load(name) for name in options.peers if name in CONTESTANTS]
     benchmark(options, peers, time_in_graph, device, report)
     return int(any(refusal["peer"] == "ours" for refusal in report.refused))
 

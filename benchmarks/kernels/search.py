@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.common import NO_GPU, output_file, write_json
 from benchmarks.kernels.layers import LAYERS
 from vllm_nanoquant.quantize import mse
 from vllm_nanoquant.quantize.groups import QuantizedWeight
@@ -80,16 +81,18 @@ def measure(rows: int, columns: int) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS)[:4])
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(NO_GPU)
     report = {
         "problem": {"group_size": GROUP_SIZE, "repeats": REPEATS},
         "device": torch.cuda.get_device_name(),
         "packages": {"torch": torch.__version__},
         "results": {name: measure(LAYERS[name].n, LAYERS[name].k) for name in arguments.layers},
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(arguments.output, report)
     print(json.dumps(report["results"], indent=1))
 
 

@@ -324,3 +324,45 @@ for name in {others}:
     assert load(name).name == name
 """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--layers", "lm_head", "--tokens", "8192"],
+        ["--peers", "gemlite", "--tokens", "3"],  # measured at a few numbers only
+    ],
+)
+def test_a_selection_of_nothing_is_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nothing to measure" in line and arguments[-1] in line
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("search", ["--output", "/nope/x.json"], "there is no folder '/nope'"),
+        ("search", ["--output", "x.json"], "no CUDA GPU"),
+        ("mamba_states", ["--output", "/nope/x.json"], "there is no folder '/nope'"),
+        ("mamba_states", ["--geometry", "/nope"], "'/nope' has no config.json; there are"),
+        ("mamba_states", [], "no CUDA GPU"),
+    ],
+)
+def test_scripts_of_a_gpu_say_what_is_wrong_without_vllm(script, arguments, message, tmp_path):
+    if script == "mamba_states":
+        arguments = ["--output", "x.json", "--folder", str(tmp_path / "tuned"), *arguments]
+    command = f"""
+import sys
+import torch
+sys.modules["vllm"] = None  # an import of it fails
+torch.cuda.is_available = lambda: False
+from benchmarks.kernels import {script}
+sys.argv = ["{script}.py", *{arguments}]
+{script}.main()
+"""
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "tuned").exists()

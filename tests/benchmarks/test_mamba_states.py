@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from vllm.model_executor.layers.mamba.ops import mamba_ssm
 
 from benchmarks.kernels import mamba_states
 from benchmarks.kernels.mamba_states import Heads, Update
@@ -53,7 +54,7 @@ def test_vllms_own_comes_first_and_close_ones_are_timed_twice(update, monkeypatc
     used = []
 
     def time(calls, replays):
-        used.append(mamba_states.mamba_ssm._ssm_config_override)
+        used.append(mamba_ssm._ssm_config_override)
         return Times(times.get(used[-1], 20.0), 1.0, 99.0)
 
     monkeypatch.setattr(mamba_states, "time_in_graph", time)
@@ -74,8 +75,9 @@ def test_the_file_has_vllms_name_and_keys(tmp_path, monkeypatch, capsys):
 
     found = [results(4, 4, 28.0), results(4, 1, 23.0)]
     monkeypatch.setattr(mamba_states, "tune", lambda heads, device: iter([(8, 84_000, found)]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mamba_states, "describe_device", lambda device: {"name": "GPU"})
-    monkeypatch.setattr(mamba_states.mamba_ssm, "get_ssm_device_name", lambda: "NVIDIA_H200")
+    monkeypatch.setattr(mamba_ssm, "get_ssm_device_name", lambda: "NVIDIA_H200")
     output, folder = tmp_path / "all.json", tmp_path / "tuned"
     monkeypatch.setattr("sys.argv", ["x", "--output", str(output), "--folder", str(folder)])
     mamba_states.main()
@@ -102,3 +104,13 @@ def test_the_recorded_file_follows_from_the_recorded_times():
         key: {"BLOCK_SIZE_M": each["rows"], "num_warps": each["warps"]}
         for key, each in best.items()
     }
+
+
+def test_a_config_of_another_family_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = ["--output", str(tmp_path / "x.json"), "--folder", str(tmp_path / "tuned")]
+    monkeypatch.setattr("sys.argv", ["x", *options, "--geometry", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        mamba_states.main()
+    assert "is not a Nemotron-H's: no 'mamba_num_heads'" in capsys.readouterr().err
