@@ -15,7 +15,7 @@ import torch
 from benchmarks.kernels.accuracy import MOST_ERROR, poison
 from benchmarks.kernels.layers import Layer
 from benchmarks.kernels.peers import FLOOR
-from benchmarks.kernels.peers.base import Peer, Refused, Weight, prepare_largest_group
+from benchmarks.kernels.peers.base import Peer, Refused, Weight, as_refusal, prepare_largest_group
 from benchmarks.kernels.peers.read_floor import packed_words
 from benchmarks.kernels.report import Report
 from vllm_nanoquant.kernels.accuracy import relative_error
@@ -116,7 +116,7 @@ class Bench:
                 weight = prepare_largest_group(peer, dense, self.group_size)
                 copies = [weight.copy() for _ in range(copies_needed(weight.nbytes) - 1)]
             except Exception as error:
-                self.report.refuse(layer, peer.name, _as_refusal(error))
+                self.report.refuse(layer, peer.name, as_refusal(error))
             else:
                 prepared.append((peer, [weight, *copies]))
             self._free()
@@ -138,7 +138,7 @@ class Bench:
                 errors[peer.name] = _checked_error(copies[0], x, layer.n)
                 times[peer.name] = []
             except Exception as failure:
-                self.report.refuse(layer, peer.name, _as_refusal(failure), x.shape[0])
+                self.report.refuse(layer, peer.name, as_refusal(failure), x.shape[0])
         for turn in range(TURNS_OF_LONG_CALLS):
             for peer, copies in prepared:
                 found = times.get(peer.name)
@@ -148,7 +148,7 @@ class Bench:
                     found.append(self._time([_call(weight, x) for weight in copies], warm_up_us))
                 except Exception as failure:
                     del times[peer.name]
-                    self.report.refuse(layer, peer.name, _as_refusal(failure), x.shape[0])
+                    self.report.refuse(layer, peer.name, as_refusal(failure), x.shape[0])
         for peer, copies in prepared:
             if peer.name in times:
                 size = copies[0].group_size
@@ -167,7 +167,7 @@ class Bench:
                 if fastest is None or floor.found[0].median < fastest.found[0].median:
                     fastest = floor
         except Exception as error:
-            self.report.refuse(layer, FLOOR, _as_refusal(error))
+            self.report.refuse(layer, FLOOR, as_refusal(error))
             return None
         return fastest
 
@@ -220,11 +220,3 @@ def _checked_error(weight: Weight, x: torch.Tensor, n: int) -> float:
 def _call(weight: Weight, x: torch.Tensor) -> Call:
     """A call on one of the copies."""
     return lambda: weight.call(x)
-
-
-def _as_refusal(error: Exception) -> Refused:
-    """The error in one line, named after its type unless it is a refusal already."""
-    if isinstance(error, Refused):
-        return error
-    lines = str(error).strip().splitlines() or ["no message"]
-    return Refused(f"{type(error).__name__}: {lines[0]}")

@@ -6,8 +6,10 @@
 Method: a CUDA graph of several calls, each with tokens and routes of its own, so that the weights
 that one call reads are not in a cache when the next begins; the median of its timed replays divided
 by the number of calls. Routes are random, or the same for all tokens of a call ("popular"). Beside
-each time stands the error against the fp64 result of the contestant's own dequantized weights, for
-the first tokens of a call, mean |y - expected| / mean |expected|. Routing itself is not timed.
+each time stands the error against the fp64 result of the contestant's own dequantized weights,
+mean |y - expected| / mean |expected| of all tokens of a call, in memory that was full of NaN
+before. A result that is wrong is refused. Routing itself is not timed. The file is written after
+each contestant; one that fails costs the others nothing, and its reason is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -27,9 +28,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
-from benchmarks.common import NO_GPU, versions  # noqa: E402
+from benchmarks.common import NO_GPU, output_file, versions, write_json  # noqa: E402
+from benchmarks.kernels.accuracy import (  # noqa: E402
+    MOST_ERROR,
+    mean_relative_error,
+    poison,
+)
 from benchmarks.kernels.moe_peers import CONTESTANTS, Contestant, Experts  # noqa: E402
-from benchmarks.kernels.peers.base import Refused  # noqa: E402
+from benchmarks.kernels.peers.base import Refused, as_refusal  # noqa: E402
 from benchmarks.kernels.report import describe_device  # noqa: E402
 from vllm_nanoquant.kernels.timing import time_in_graph  # noqa: E402
 
@@ -38,8 +44,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # Calls of a graph: what they read together no cache holds.
 CALLS = 12
 REPLAYS = 15
-# Tokens of a call whose result is computed in fp64.
-CHECKED_TOKENS = 4
 SEED = 0
 
 Route = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -68,21 +72,33 @@ def random_route(tokens: int, popular: bool, device: torch.device) -> Route:
     return x, weights, ids
 
 
-def relative_error(contestant: Contestant, route: Route) -> float:
-    """Error of the first tokens; NaN where any of their values is."""
+def exact_result(contestant: Contestant, route: Route) -> torch.Tensor:
+    """What a call of the contestant would give, were there no rounding: fp64 [M, H]."""
     x, weights, ids = route
-    y = contestant.call(x, weights, ids)[:CHECKED_TOKENS].double()
-    expected = torch.zeros_like(y)
-    for token in range(len(y)):
-        for slot, expert in enumerate(ids[token].tolist()):
-            w13, w2 = contestant.exact(expert)
-            h = (w13 @ x[token].double()).clamp(min=0) ** 2
-            expected[token] += weights[token, slot].double() * (w2 @ h)
-    return float((y - expected).abs().mean() / expected.abs().mean())
+    expected = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in ids.unique().tolist():  # by experts: each has its weights made once
+        tokens, slots = (ids == expert).nonzero(as_tuple=True)
+        w13, w2 = contestant.exact(expert)
+        h = (x[tokens].double() @ w13.t()).clamp(min=0) ** 2
+        expected[tokens] += weights[tokens, slots, None].double() * (h @ w2.t())
+    return expected
+
+
+def checked_error(contestant: Contestant, route: Route) -> float:
+    """Mean relative error of all tokens of a call; Refused if the result is wrong."""
+    expected = exact_result(contestant, route)
+    poison(route[0], HIDDEN)
+    y = contestant.call(*route)
+    if y.shape != expected.shape:
+        raise Refused(f"wrong result: shape {list(y.shape)}, not {list(expected.shape)}")
+    error = mean_relative_error(y, expected)
+    if not error <= MOST_ERROR:  # true of NaN as well
+        raise Refused(f"wrong result: mean relative error {error:.1e}")
+    return error
 
 
 def measure(contestant: Contestant, tokens: int, popular: bool, device: torch.device) -> Any:
-    """Times and error of one contestant at one number of tokens."""
+    """Times and error of one contestant at one number of tokens; Refused if it is wrong."""
     torch.manual_seed(SEED + tokens)
     count = CALLS if tokens <= 256 else 3
     routes = [random_route(tokens, popular, device) for _ in range(count)]
@@ -92,43 +108,67 @@ def measure(contestant: Contestant, tokens: int, popular: bool, device: torch.de
         "us": times.median,
         "least_us": times.least,
         "greatest_us": times.greatest,
-        "error": relative_error(contestant, routes[0]),
+        # After the times: products in fp64 heat the GPU.
+        "error": checked_error(contestant, routes[0]),
     }
 
 
-def benchmark(names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """All figures, one contestant after the other: not all of their weights need fit in memory."""
-    results, refused = [], []
+def measure_all(name: str, experts: Experts, device: torch.device, report: dict[str, Any]) -> None:
+    """Add all figures of one contestant to the report, and why there are none where it fails."""
+
+    def refuse(error: Exception, **at: Any) -> None:
+        reason = str(as_refusal(error))
+        report["refused"].append({"peer": name, **at, "reason": reason})
+        print(name, *at.values(), f"refused: {reason}", flush=True)
+
+    try:
+        contestant = CONTESTANTS[name](experts)
+    except Exception as error:  # one contestant must not cost the others
+        refuse(error)
+        return
+    for popular in (False, True):
+        for tokens in TOKENS:
+            if popular and not 1 < tokens <= 64:
+                continue
+            routes = "popular" if popular else "random"
+            try:
+                figures = measure(contestant, tokens, popular, device)
+            except Exception as error:
+                refuse(error, routes=routes, tokens=tokens)
+                continue
+            row = {"peer": name, "tokens": tokens, "routes": routes}
+            row |= {"group_size": contestant.group_size, "nbytes": contestant.nbytes, **figures}
+            report["results"].append(row)
+            text = f"{figures['us']:8.1f} us, error {figures['error']:.1e}"
+            print(f"{name:12} {routes:8} {tokens:5} tokens {text}", flush=True)
+
+
+def benchmark(
+    names: Sequence[str], device: torch.device, report: dict[str, Any], output: Path
+) -> None:
+    """Measure one contestant after the other: not all of their weights need fit in memory.
+
+    Args:
+        names: of the contestants, each once.
+        device: where the weights lie.
+        report: what is found is added to it, and it is written after each contestant.
+        output: where to.
+    """
+    report |= {"results": [], "refused": [], "complete": False}
     torch.manual_seed(SEED)
     experts = random_experts(device)
     for name in names:
-        try:
-            contestant = CONTESTANTS[name](experts)
-        except Refused as refusal:
-            refused.append({"peer": name, "reason": str(refusal)})
-            print(f"{name}: refused: {refusal}", flush=True)
-            continue
-        for popular in (False, True):
-            for tokens in TOKENS:
-                if popular and not 1 < tokens <= 64:
-                    continue
-                figures = measure(contestant, tokens, popular, device)
-                routes = "popular" if popular else "random"
-                row = {"peer": name, "tokens": tokens, "routes": routes}
-                row |= {"group_size": contestant.group_size, "nbytes": contestant.nbytes, **figures}
-                results.append(row)
-                text = f"{figures['us']:8.1f} us, error {figures['error']:.1e}"
-                print(f"{name:12} {routes:8} {tokens:5} tokens {text}", flush=True)
-        del contestant
+        measure_all(name, experts, device, report)
         gc.collect()
         torch.cuda.empty_cache()
-    return {"results": results, "refused": refused}
+        report["complete"] = name == names[-1]
+        write_json(output, report)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; the status is 1 if a contestant was refused, 2 without a GPU."""
+    """Command line; the status is 1 if anything was refused, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     parser.add_argument("--peers", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -146,18 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "calls_per_graph": CALLS,
         "replays": REPLAYS,
         "seed": SEED,
-        "error": f"mean |y - expected| / mean |expected| of the first {CHECKED_TOKENS} tokens, "
-        "expected in fp64 of what was packed",
+        "error": "mean |y - expected| / mean |expected| of all tokens of a call, expected in fp64 "
+        "of what was packed, in memory that was full of NaN before",
     }
-    found = benchmark(options.peers, device)
-    report = {
+    report: dict[str, Any] = {
         "problem": problem,
         "device": describe_device(device),
         "packages": versions(),
-        **found,
     }
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    return int(bool(found["refused"]))
+    benchmark(list(dict.fromkeys(options.peers)), device, report, options.output)
+    return int(bool(report["refused"]))
 
 
 if __name__ == "__main__":

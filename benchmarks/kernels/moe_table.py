@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.kernels.sections import NOTHING, markdown_table
 from benchmarks.kernels.table import put_section
 
 MARKERS = ("<!-- moe:begin -->", "<!-- moe:end -->")
@@ -29,7 +30,7 @@ ROUTES = {
 
 
 def tables(report: dict[str, Any]) -> str:
-    """Microseconds of each contestant by tokens, for both kinds of routes."""
+    """Microseconds of each contestant by tokens, for both kinds of routes, and what was refused."""
     problem, packages = report["problem"], report["packages"]
     names = ", ".join(f"{name} {packages[name]}" for name in ("torch", "triton", "vllm"))
     parts = [
@@ -37,28 +38,38 @@ def tables(report: dict[str, Any]) -> str:
         f"{problem['top_k']} per token, squared ReLU, one {report['device']['name']} ({names}), "
         "microseconds; made by `benchmarks/kernels/moe_table.py`."
     ]
+    if not report.get("complete", True):  # files of before had no such key, and were whole
+        parts.append("The run did not come to its end.")
     for routes, title in ROUTES.items():
         rows = [row for row in report["results"] if row["routes"] == routes]
         parts.append(f"{title}:\n\n{_table(rows)}")
+    for refusal in report.get("refused", ()):
+        at = (
+            f", {refusal['routes']} routes, {refusal['tokens']} tokens"
+            if "tokens" in refusal
+            else ""
+        )
+        parts.append(f"{LABELS[refusal['peer']]}{at}: {refusal['reason']}")
     return "\n\n".join(parts)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     tokens = sorted({row["tokens"] for row in rows})
     times = {(row["peer"], row["tokens"]): row for row in rows}
-    lines = [
-        "| " + " | ".join(["tokens", *map(str, tokens), "greatest error"]) + " |",
-        "| --- " * (len(tokens) + 2) + "|",
-    ]
+    lines = []
     for peer in dict.fromkeys(row["peer"] for row in rows):
         cells = []
         for count in tokens:
             best = min(row["us"] for row in rows if row["tokens"] == count)
+            if (peer, count) not in times:
+                cells.append(NOTHING)
+                continue
             us = times[peer, count]["us"]
             cells.append(f"**{us:.0f}**" if us == best else f"{us:.0f}")
         error = max(row["error"] for row in rows if row["peer"] == peer)
-        lines.append("| " + " | ".join([LABELS[peer], *cells, f"{error:.1e}"]) + " |")
-    return "\n".join(lines)
+        lines.append([LABELS[peer], *cells, f"{error:.1e}"])
+    head = ["tokens", *map(str, tokens), "greatest error"]
+    return "\n".join(markdown_table(head, lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,14 @@ class GroupRefused(Refused):
     """A contestant cannot run with this group size, but perhaps with a smaller one."""
 
 
+def as_refusal(error: Exception) -> Refused:
+    """The error in one line, named after its type unless it is a refusal already."""
+    if isinstance(error, Refused):
+        return error
+    lines = str(error).strip().splitlines() or ["no message"]
+    return Refused(f"{type(error).__name__}: {lines[0]}")
+
+
 class Weight(Protocol):
     """A weight [N, K] in the form that one contestant multiplies by."""
 
