@@ -32,11 +32,21 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
-from benchmarks.common import versions  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    GEOMETRIES,
+    NO_GPU,
+    geometry_folder,
+    output_file,
+    positive,
+    versions,
+    write_json,
+)
 from benchmarks.end_to_end.contestants import NAMES, PEERS, engine_options, environment  # noqa: E402
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
-GEOMETRY = HERE.parent / "geometry" / "nemotron-nano-9b-v2"
+GEOMETRY = GEOMETRIES / "nemotron-nano-9b-v2"
+# Of a prompt whose decoding is timed: PROMPT of engine.py, which cannot be read without vLLM.
+PROMPT_TOKENS = 32
 READY = "ready to be measured"
 # What vLLM says about memory; the peak is said at DEBUG level only.
 LOGGED = {
@@ -189,57 +199,90 @@ def table(results: dict[str, Any], batches: list[int], prefill: list[int]) -> st
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--geometry", type=Path, default=GEOMETRY, help="folder with config.json")
-    parser.add_argument("--checkpoint", type=Path, help="folder with weights; dummies without it")
-    parser.add_argument(
-        "--contestants", nargs="+", choices=NAMES, default=["bf16", "ssm", "balanced"]
-    )
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--tokens", type=int, default=128, help="to generate of each sequence")
-    parser.add_argument("--prefill", nargs="+", type=int, default=[2048])
-    parser.add_argument(
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; on a mistake, say what is wrong and exit with status 2.
+
+    All that can be known to fail is refused here: an engine takes minutes to find out.
+    """
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=output_file, required=True, help="JSON file to write")
+    add("--geometry", type=geometry_folder, default=GEOMETRY, help="folder with config.json")
+    add("--checkpoint", type=geometry_folder, help="folder with weights; dummies without it")
+    add("--contestants", nargs="+", choices=NAMES, default=["bf16", "ssm", "balanced"])
+    add("--batches", nargs="+", type=positive, default=[1, 2, 4, 8])
+    add("--tokens", type=positive, default=128, help="to generate of each sequence")
+    add("--prefill", nargs="+", type=positive, default=[2048])
+    add(
         "--model-runner",
         type=int,
         choices=(1, 2),
         help="vLLM's; its own choice without it: for hybrids the first up to 0.28, then the second",
     )
-    parser.add_argument("--max-capture-size", type=int, help="cap on CUDA graphs; default 8")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument("--together", type=int, default=1, help="engines that start at once")
-    parser.add_argument("--cache-gib", type=float, default=6.0, help="KV cache of each of those")
-    parser.add_argument("--only-load", action="store_true")
-    arguments = parser.parse_args()
-    ours = [name for name in arguments.contestants if name not in PEERS]
+    add("--max-capture-size", type=positive, help="cap on CUDA graphs; default 8")
+    add("--repeats", type=positive, default=3)
+    add("--max-model-len", type=positive, default=4096)
+    add("--together", type=positive, default=1, help="engines that start at once")
+    add("--cache-gib", type=float, default=6.0, help="KV cache of each of those")
+    add("--only-load", action="store_true")
+    options = parser.parse_args(arguments)
+    if options.tokens < 2:
+        parser.error(f"--tokens {options.tokens}: the first is not timed, so give 2 or more")
+    if not options.cache_gib > 0:
+        parser.error(f"--cache-gib {options.cache_gib}: give more than 0")
+    wanted = {"--tokens": PROMPT_TOKENS + options.tokens, "--prefill": max(options.prefill) + 1}
+    for name, length in wanted.items():
+        if not options.only_load and length > options.max_model_len:
+            parser.error(f"{name}: {length} tokens; give --max-model-len {length} or more")
+    ours = [name for name in options.contestants if name not in PEERS]
     if ours and not entry_points(group="vllm.general_plugins", name="nanoquant"):
         parser.error(
             "vLLM will not find the plugin; run this first, in this environment: pip install ."
         )
+    return options
+
+
+def describe_problem(options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured, and how."""
+    return {
+        "geometry": options.geometry.name,
+        "weights": "random checkpoint" if options.checkpoint else "dummy",
+        "prompt_tokens": PROMPT_TOKENS,
+        "decode_tokens": options.tokens,
+        "max_capture_size": options.max_capture_size,
+        "started_at_once": options.together,
+        "only_load": options.only_load,
+        "batches": [] if options.only_load else options.batches,
+        "prefill": [] if options.only_load else options.prefill,
+        "repeats": options.repeats,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": max(options.batches),
+        # Engines that start alone measure what is free.
+        "cache_gib": options.cache_gib if options.together > 1 else None,
+        "model_runner": options.model_runner,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and write the file after each contestant; the status is 1 if one failed."""
+    options = parse_options(arguments)
+    if not torch.cuda.is_available():
+        print(f"{NO_GPU}; the figures will say nothing about one", file=sys.stderr)
     report: dict[str, Any] = {
-        "problem": {
-            "geometry": arguments.geometry.name,
-            "weights": "random checkpoint" if arguments.checkpoint else "dummy",
-            "prompt_tokens": 32,
-            "decode_tokens": arguments.tokens,
-            "max_capture_size": arguments.max_capture_size,
-            "started_at_once": arguments.together,
-        },
+        "problem": describe_problem(options),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": versions(),
         "results": {},
     }
-    for first in range(0, len(arguments.contestants), arguments.together):
-        names = arguments.contestants[first : first + arguments.together]
-        for name, figures in zip(names, measure(arguments, names), strict=True):
+    for first in range(0, len(options.contestants), options.together):
+        names = options.contestants[first : first + options.together]
+        for name, figures in zip(names, measure(options, names), strict=True):
             report["results"][name] = figures
-            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.output, report)
             print(name, json.dumps(figures), flush=True)
-    print(table(report["results"], arguments.batches, arguments.prefill))
+    print(table(report["results"], options.batches, options.prefill))
+    return int(any("error" in figures for figures in report["results"].values()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

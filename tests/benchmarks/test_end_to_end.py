@@ -132,17 +132,80 @@ def test_others_run_without_the_plugin(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "entry_points", lambda **_: ())
     failed = {"error": ["no memory is left"], "status": 1}
     monkeypatch.setattr(run, "measure", lambda _, names: [failed for _ in names])
-    arguments = [
-        "run.py",
-        "--output",
-        str(tmp_path / "result.json"),
-        "--contestants",
-        "bf16",
-        "fp8",
-    ]
-    monkeypatch.setattr("sys.argv", arguments)
-    run.main()
-    assert list(json.loads((tmp_path / "result.json").read_text())["results"]) == ["bf16", "fp8"]
+    output = tmp_path / "result.json"
+    assert run.main(["--output", str(output), "--contestants", "bf16", "fp8"]) == 1
+    assert list(json.loads(output.read_text())["results"]) == ["bf16", "fp8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--geometry", "/nope"], "argument --geometry: '/nope' has no config.json; there are"),
+        (["--checkpoint", "/nope"], "argument --checkpoint: '/nope' has no config.json"),
+        (["--batches", "1", "0"], "argument --batches: '0' is not a positive whole number"),
+        (["--together", "0"], "argument --together: '0' is not a positive whole number"),
+        (["--output", "/nope/x.json"], "argument --output: there is no folder '/nope'"),
+        (["--tokens", "1"], "--tokens 1: the first is not timed, so give 2 or more"),
+        (["--cache-gib", "0"], "--cache-gib 0.0: give more than 0"),
+        (["--prefill", "4096"], "--prefill: 4097 tokens; give --max-model-len 4097 or more"),
+        (["--tokens", "5000"], "--tokens: 5032 tokens; give --max-model-len 5032 or more"),
+    ],
+)
+def test_mistakes_are_said_before_an_engine_starts(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--output", str(tmp_path / "x.json"), "--contestants", "bf16", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_result_says_how_it_was_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    figures = {
+        "decode_tokens_per_second": {"2": {"median": 9.0, "min": 8.0, "max": 10.0}},
+        "time_to_first_token_ms": {"64": {"median": 5.0, "min": 4.0, "max": 6.0}},
+        "weights_gib": 1.0,
+        "peak_gib_while_loading": 2.0,
+    }
+    monkeypatch.setattr(run, "measure", lambda _, names: [figures for _ in names])
+    output = tmp_path / "result.json"
+    arguments = ["--output", str(output), "--contestants", "bf16", "--batches", "2", "--prefill"]
+    arguments += ["64", "--repeats", "5", "--max-model-len", "512", "--model-runner", "2"]
+    assert run.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "no CUDA GPU" in said.err and "say nothing about one" in said.err
+    problem = json.loads(output.read_text())["problem"]
+    assert problem == {
+        "geometry": "nemotron-nano-9b-v2",
+        "weights": "dummy",
+        "prompt_tokens": 32,
+        "decode_tokens": 128,
+        "max_capture_size": None,
+        "started_at_once": 1,
+        "only_load": False,
+        "batches": [2],
+        "prefill": [64],
+        "repeats": 5,
+        "max_model_len": 512,
+        "max_num_seqs": 2,
+        "cache_gib": None,
+        "model_runner": 2,
+    }
+    # As on a machine with vLLM for CPUs, and with CUDA's, whose file is of the same form.
+    assert table.main([str(output)]) == 0
+    assert "| BF16 | **9** (8-10) |" in capsys.readouterr().out
+    assert run.main([*arguments, "--together", "2", "--cache-gib", "3", "--only-load"]) == 0
+    changed = json.loads(output.read_text())["problem"]
+    assert (changed["cache_gib"], changed["batches"], changed["prefill"]) == (3.0, [], [])
+    assert changed["only_load"] and changed["max_num_seqs"] == 2
+
+
+def test_the_length_of_a_prompt_is_the_engines():
+    from benchmarks.end_to_end.engine import PROMPT
+
+    assert run.PROMPT_TOKENS == PROMPT
 
 
 def test_a_table_names_who_failed(tmp_path):
