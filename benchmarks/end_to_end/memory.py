@@ -17,20 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.common import versions
+from benchmarks.common import geometry_folder, output_file, positive, versions, write_json
 from benchmarks.end_to_end.run import GEOMETRY, LOGGING
 from vllm_nanoquant.planner.fit import fit
 from vllm_nanoquant.planner.numbers import GIB, MIB
 from vllm_nanoquant.planner.settings import Settings, caching_of, installed_vllm
 from vllm_nanoquant.planner.source import read_facts
 from vllm_nanoquant.planner.weights import Ranks
-from vllm_nanoquant.recipe import METHOD, Recipe
+from vllm_nanoquant.recipe import METHOD, Preset, Recipe
 
 ENGINE = """
 import json, sys
@@ -126,32 +127,38 @@ def planned(arguments: argparse.Namespace, gpu_memory: int, release: str | None)
     }
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plan, run the engine, and write the file; the status is 1 if the engine failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--geometry", type=Path, default=GEOMETRY, help="folder with config.json")
-    parser.add_argument("--preset", default="balanced", help="of the recipe, or bf16")
-    parser.add_argument("--gpu-memory-mib", type=int, default=143771, help="as nvidia-smi says")
-    parser.add_argument("--max-model-len", type=int, default=32768)
-    parser.add_argument("--max-num-seqs", type=int, default=8)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.8)
-    arguments = parser.parse_args()
-    vllm = run_engine(arguments, arguments.output.with_suffix(".log"))
-    plan = planned(arguments, arguments.gpu_memory_mib * MIB, installed_vllm())
-    problem = {name: value for name, value in vars(arguments).items() if name != "output"}
+    add = parser.add_argument
+    add("--output", type=output_file, required=True, help="JSON file to write")
+    add("--geometry", type=geometry_folder, default=GEOMETRY, help="folder with config.json")
+    add("--preset", choices=("bf16", *get_args(Preset)), default="balanced", help="of the recipe")
+    add("--gpu-memory-mib", type=positive, default=143771, help="as nvidia-smi says")
+    add("--max-model-len", type=positive, default=32768)
+    add("--max-num-seqs", type=positive, default=8)
+    add("--max-num-batched-tokens", type=positive, default=2048)
+    add("--tensor-parallel-size", type=positive, default=1)
+    add("--gpu-memory-utilization", type=float, default=0.8)
+    options = parser.parse_args(arguments)
+    try:  # first: what cannot be planned need not be served
+        plan = planned(options, options.gpu_memory_mib * MIB, installed_vllm())
+    except ValueError as error:
+        parser.error(f"{options.geometry} cannot be planned: {error}")
+    packages = versions()
+    vllm = run_engine(options, options.output.with_suffix(".log"))
+    problem = {name: value for name, value in vars(options).items() if name != "output"}
     report = {
-        "problem": problem | {"geometry": arguments.geometry.name},
-        "packages": versions(),
+        "problem": problem | {"geometry": options.geometry.name},
+        "packages": packages,
         "vllm": vllm,
         "plan": plan,
         "plan_over_vllm": {name: plan[name] / vllm[name] for name in plan if vllm.get(name)},
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(options.output, report)
     print(json.dumps(report, indent=1))
+    return int("error" in vllm)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,11 +13,15 @@ cannot measure that while the other gives memory back.
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import load_file
@@ -25,8 +29,14 @@ from safetensors.torch import load_file
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
-from benchmarks.common import versions  # noqa: E402
-from vllm_nanoquant.recipe import METHOD  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    geometry_folder,
+    output_file,
+    positive,
+    versions,
+    write_json,
+)
+from vllm_nanoquant.recipe import METHOD, Preset  # noqa: E402
 
 KV_CACHE_BYTES = 4 << 30
 
@@ -63,7 +73,8 @@ class Engine:
             "figures": str(self.figures),
         }
         command = [sys.executable, str(HERE / "parallel_engine.py"), json.dumps(job)]
-        self.process = subprocess.Popen(command)
+        # A session of its own: a signal reaches vLLM's processes, and no others.
+        self.process = subprocess.Popen(command, start_new_session=True)
 
     def result(self) -> dict[str, Any]:
         """Wait for its figures, and under "logits" its logits [prompts, vocabulary], fp32.
@@ -74,6 +85,12 @@ class Engine:
         if self.process.wait() or not self.figures.is_file():
             raise RuntimeError(f"the engine on {self.ranks} GPUs ended without a result")
         return json.loads(self.figures.read_text()) | load_file(self.logits)
+
+    def end(self) -> None:
+        """End what is left of it, and so give its GPUs back."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
@@ -87,32 +104,64 @@ def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Command line."""
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; on a mistake, say what is wrong and exit with status 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, required=True, help="tensor-parallel ranks")
-    parser.add_argument("--preset", default="balanced")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    arguments = parser.parse_args()
+    parser.add_argument("--checkpoint", type=geometry_folder, required=True)
+    parser.add_argument("--ranks", type=positive, required=True, help="tensor-parallel ranks")
+    parser.add_argument("--preset", choices=get_args(Preset), default="balanced")
+    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2, 4, 8])
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    if options.ranks < 2:
+        parser.error(f"--ranks {options.ranks}: one GPU is what they are compared with; give 2")
+    found = torch.cuda.device_count()
+    if found < options.ranks:
+        parser.error(f"--ranks {options.ranks}: there are {found} GPUs; give that many or fewer")
+    return options
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of the engines on one GPU and on several, which run at once.
+
+    Raises:
+        RuntimeError: one of them ended without any.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        engines = [Engine(arguments, ranks, Path(folder)) for ranks in (1, arguments.ranks)]
-        one, several = (engine.result() for engine in engines)
+        engines: list[Engine] = []
+        try:
+            for ranks in (1, options.ranks):
+                engines.append(Engine(options, ranks, Path(folder)))
+            return [engine.result() for engine in engines]
+        finally:
+            for engine in engines:
+                engine.end()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare and write the file; the status is 1 if an engine failed."""
+    options = parse_options(arguments)
+    packages = versions()
+    try:
+        one, several = run(options)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
     expected, logits = one.pop("logits"), several.pop("logits")
     report = {
         "problem": {
-            "checkpoint": arguments.checkpoint.name,
-            "preset": arguments.preset,
-            "tensor_parallel_size": arguments.ranks,
+            "checkpoint": options.checkpoint.name,
+            "preset": options.preset,
+            "tensor_parallel_size": options.ranks,
         },
-        "device": f"{arguments.ranks} {torch.cuda.get_device_name()}",
-        "packages": versions(),
+        "device": f"{options.ranks} {torch.cuda.get_device_name()}",
+        "packages": packages,
         "results": {"one_gpu": one, "several": several, "logits": compare(logits, expected)},
     }
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["results"]))
+    print(json.dumps(report["results"]))  # first: a NaN among them cannot be written
+    write_json(options.output, report)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

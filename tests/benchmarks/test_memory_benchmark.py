@@ -2,10 +2,12 @@
 """The benchmark of memory: what it finds in vLLM's log, and what the plan says beside it."""
 
 import argparse
+import json
 import re
 
 import pytest
 
+from benchmarks.end_to_end import memory
 from benchmarks.end_to_end.memory import GEOMETRY, LOGGED, planned
 from vllm_nanoquant.planner.numbers import MIB
 
@@ -57,3 +59,35 @@ def test_the_plan_has_figures_beside_them():
     assert plan["block_tokens"] == 1312
     assert plan["cache_gib"] == pytest.approx(103.56, rel=0.03)
     assert plan.keys() - LOGGED.keys() == {"blocks", "needs", "cache"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--geometry", "/nope"], "'/nope' has no config.json"),
+        (["--preset", "bf61"], "invalid choice: 'bf61'"),
+        (["--output", "/nope/x.json"], "there is no folder '/nope'"),
+        (["--max-num-seqs", "0"], "'0' is not a positive whole number"),
+        (["--geometry", "EMPTY"], "cannot be planned: "),
+    ],
+)
+def test_mistakes_are_said_before_the_engine_starts(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "config.json").write_text("{}")
+    arguments = [each.replace("EMPTY", str(tmp_path)) for each in arguments]
+    monkeypatch.setattr(memory, "run_engine", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(SystemExit) as stopped:
+        memory.main(["--output", str(tmp_path / "x.json"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("vllm", [{"error": ["no memory"], "status": 1}, {"cache_gib": 100.0}])
+def test_the_status_is_that_of_the_engine(vllm, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "run_engine", lambda *_: vllm)
+    output = tmp_path / "x.json"
+    assert memory.main(["--output", str(output)]) == ("error" in vllm)
+    written = json.loads(output.read_text())
+    assert written["vllm"] == vllm
+    assert written["plan_over_vllm"].keys() == vllm.keys() & {"cache_gib"}
