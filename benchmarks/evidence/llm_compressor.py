@@ -38,7 +38,7 @@ from small_model.data import Prepared, load  # noqa: E402
 
 from benchmarks.evidence.cases import WITHOUT_HEAD, Case  # noqa: E402
 from benchmarks.evidence.model import Subject, calibration_ids, read_model  # noqa: E402
-from benchmarks.evidence.report import write_report  # noqa: E402
+from benchmarks.evidence.report import continued, write_report  # noqa: E402
 from benchmarks.evidence.run import calibration_pool, machine  # noqa: E402
 from benchmarks.evidence.scoring import TokenScores, Windows, by_window, figures  # noqa: E402
 from benchmarks.quality.llm_compressor import RECORD  # noqa: E402
@@ -76,7 +76,7 @@ class Comparison:
         """Read the model and run it in BF16.
 
         Raises:
-            ValueError: the file that is there was made with other options.
+            ValueError: the file that is there was made in another way.
         """
         self._options = options
         self._model, kinds = read_model(options.model, torch.device(options.device))
@@ -84,7 +84,6 @@ class Comparison:
         self._stock = read_weights(options.model)
         count = min(options.windows, len(data.heldout) // options.window)
         ids = torch.from_numpy(data.heldout[: count * options.window].astype("int64"))
-        self._windows = Windows(self._model, ids.view(count, -1).to(options.device))
         problem = {
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "windows": count,
@@ -95,12 +94,9 @@ class Comparison:
             "errors": "bootstrap over windows, paired with BF16",
         }
         self.report: dict[str, Any] = {"problem": problem, "machine": machine(options.device)}
-        self.report["packages"], self.report["results"] = {}, {}
-        if options.output.exists():
-            before = json.loads(options.output.read_text("utf-8"))
-            if before["problem"] != problem:
-                raise ValueError(f"{options.output} was made with other options")
-            self.report |= {key: before[key] for key in ("packages", "results")}
+        before = continued(options.output, **self.report)
+        self.report |= {key: before.get(key, {}) for key in ("packages", "results")}
+        self._windows = Windows(self._model, ids.view(count, -1).to(options.device))
         self._add("bf16", {"section": "bf16", **self._figures(self._windows.stock)})
 
     def theirs(self, folder: Path) -> list[int]:

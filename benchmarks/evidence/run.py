@@ -14,11 +14,11 @@ that whatever ends the run, the results until then are there.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,15 @@ from small_model.data import Prepared, load  # noqa: E402
 
 from benchmarks.evidence.cases import Case, cases  # noqa: E402
 from benchmarks.evidence.model import Subject, read_model  # noqa: E402
-from benchmarks.evidence.report import write_report  # noqa: E402
+from benchmarks.evidence.report import continued, write_report  # noqa: E402
 from benchmarks.evidence.scoring import Windows, by_position, by_window, figures  # noqa: E402
 
 _CALIBRATION_POOL = 1024
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--model", type=Path, required=True, help="checkpoint that train_small_model.py made")
     add("--data", type=Path, required=True, help="folder that prepare_small_corpus.py made")
@@ -53,7 +53,7 @@ def parse_options() -> argparse.Namespace:
     add("--samples", type=int, default=64, help="calibration sequences")
     add("--seed", type=int, default=0, help="which training text can be drawn for calibration")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -74,7 +74,11 @@ class Measurement:
     """The result file as it grows."""
 
     def __init__(self, options: argparse.Namespace, data: Prepared) -> None:
-        """Read the model and run it in BF16."""
+        """Read the model and run it in BF16.
+
+        Raises:
+            ValueError: the file that is there was made in another way.
+        """
         self._options = options
         device = torch.device(options.device)
         model, kinds = read_model(options.model, device)
@@ -85,8 +89,6 @@ class Measurement:
         count = min(options.windows, len(ids) // options.window)
         short = ids[: count * options.window].view(count, options.window)
         long = torch.from_numpy(data.long.astype("int64"))[:, : options.long_window]
-        self._short = Windows(model, short.to(device))
-        self._long = Windows(model, long.contiguous().to(device))
         self.report: dict[str, Any] = {
             "problem": {
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -101,10 +103,11 @@ class Measurement:
                 "simulated": ["fp8", "rtn-*", "mse-sym", "gptq-sym", "gptq-mse-sym", "gptq-asym"],
             },
             "machine": machine(options.device),
-            "results": {},
         }
-        if options.output.exists():
-            self.report["results"] = json.loads(options.output.read_text("utf-8"))["results"]
+        before = continued(options.output, **self.report)
+        self.report["results"] = before.get("results", {})
+        self._short = Windows(model, short.to(device))
+        self._long = Windows(model, long.contiguous().to(device))
         self.report["results"]["bf16"] = {
             "section": "bf16",
             **figures(self._short.stock, self._short.stock),
@@ -153,10 +156,10 @@ class Measurement:
         write_report(self._options.output, self.report)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the time allows; 1 if a case failed."""
     began = time.monotonic()
-    options = parse_options()
+    options = parse_options(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("highest")
     measurement = Measurement(options, load(options.data))

@@ -5,16 +5,17 @@
         --output benchmarks/results/tiny-quality.json
 
 Checkpoints are made with `nanoquant quantize` in the work folder; those that are there already are
-taken as they are. GPTQ is calibrated with the text that the model was trained on (six novels out of
-a Debian package, tools/tiny_model/text.py, or --calibration-text), never with the held-out text
-that is scored. --llm-compressor is the folder that benchmarks/quality/llm_compressor.py made, with
-the same text. Its modules are compared with ours at the same group size: preset full without the LM
-head is what its recipe covers.
+taken as they are, GPTQ's if they were calibrated alike. It is calibrated with the text that the
+model was trained on (six novels out of a Debian package, tools/tiny_model/text.py, or
+--calibration-text), never with the held-out text that is scored. --llm-compressor is the folder
+that benchmarks/quality/llm_compressor.py made, with the same text. Its modules are compared with
+ours at the same group size: preset full without the LM head is what its recipe covers.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -58,7 +59,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its folder and in the result file."""
+        """In the result file, and of its folder or the beginning of that."""
         without = "".join(f"-no-{name}" for name in self.ignore)
         return f"{self.preset}{without}-g{self.group_size}-{self.algorithm}"
 
@@ -70,6 +71,14 @@ def cases() -> Iterator[Case]:
         for preset in PRESETS:
             for group_size in GROUPS:
                 yield Case(preset, group_size, algorithm)
+
+
+def folder_name(case: Case, options: argparse.Namespace) -> str:
+    """Of a case's checkpoint: with another calibration it is another checkpoint."""
+    if case.algorithm != "gptq":
+        return case.name
+    text = hashlib.sha256(options.calibration_text.read_bytes()).hexdigest()[:12]
+    return f"{case.name}-{options.samples}x{options.length}-{text}"
 
 
 def make(case: Case, model: Path, folder: Path, options: argparse.Namespace) -> None:
@@ -192,8 +201,9 @@ def main() -> None:
         write_json(options.output, report)
 
     for case in tqdm(list(cases()), unit="checkpoint", disable=None):
-        make(case, model, options.work / case.name, options)
-        add(case.name, options.work / case.name)
+        folder = options.work / folder_name(case, options)
+        make(case, model, folder, options)
+        add(case.name, folder)
     if options.llm_compressor:
         record = options.llm_compressor / PEER_RECORD
         report["llm_compressor"] = json.loads(record.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from tiny_model.export import export
 from tiny_model.model import TinyNemotronH
 from tokenizers import Tokenizer, models
 
+from benchmarks.evidence import run
 from benchmarks.evidence.cases import Case
 from benchmarks.evidence.llm_compressor import main
 from benchmarks.evidence.model import Subject, calibration_ids, read_model
@@ -133,6 +134,23 @@ def test_their_checkpoint_is_scored_as_the_same_weights_of_ours_are(tmp_path, st
     assert list(again) == [*names, "linears-g32-minmax"]
     with pytest.raises(ValueError, match="other options"):
         main([*command, "--windows", "2"])
+
+
+def test_a_run_is_continued_where_it_was_begun(tmp_path, stock, data, monkeypatch):
+    output = tmp_path / "found.json"
+    command = ["--model", str(stock), "--data", str(data), "--output", str(output), *OPTIONS]
+    command += ["--long-window", "64", "--device", "cpu"]
+    assert run.main([*command, "--match", "^ssm-g128-minmax$"]) == 0
+    assert run.main([*command, "--match", "^full-g128-minmax$"]) == 0
+    report = json.loads(output.read_text())
+    assert list(report["results"]) == ["bf16", "ssm-g128-minmax", "full-g128-minmax"]
+    monkeypatch.setattr(run, "Windows", lambda *_: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match=r"found\.json .*other options .*its 'problem' is"):
+        run.main([*command, "--samples", "3"])
+    monkeypatch.setattr(run, "machine", lambda device: report["machine"] | {"torch": "0"})
+    with pytest.raises(ValueError, match="another machine: its 'machine' is"):
+        run.main(command)
+    assert json.loads(output.read_text()) == report
 
 
 def test_both_tools_get_the_same_sequences(tmp_path, stock, data):

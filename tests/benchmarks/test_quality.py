@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_model.export import load_exported
 from tiny_model.model import TinyConfig
 
-from benchmarks.quality import table
+from benchmarks.quality import run, table
 from benchmarks.quality.evaluate import dense_model
 from benchmarks.quality.metrics import Scores, difference, paired_difference
 from benchmarks.quality.served import last_error
@@ -176,6 +177,44 @@ def test_a_checkpoint_of_llm_compressor_is_read_by_its_formula(small, tmp_path):
     expected = (q - 8) * scale.double().repeat_interleave(32, dim=1)
     torch.testing.assert_close(weights.tensors[f"{NAME}.weight"].double(), expected)
     assert weights.bits_per_weight == pytest.approx(4 + 16 / 32 + 2 * 64 / (8 * 64))
+
+
+def test_a_checkpoint_of_another_calibration_is_made_anew(tmp_path, monkeypatch):
+    made = []
+
+    def nanoquant(command):
+        made.append(Path(command[2]))
+        made[-1].mkdir()
+        (made[-1] / "config.json").write_text("{}")
+        return 0
+
+    figures = SimpleNamespace(figures={}, scores=None)
+    evaluator = SimpleNamespace(stock=figures, evaluate=lambda folder: figures)
+    monkeypatch.setattr(run, "nanoquant", nanoquant)
+    monkeypatch.setattr(run, "quick_model", lambda work: work / "model")
+    monkeypatch.setattr(run, "Evaluator", lambda *_: evaluator)
+    monkeypatch.setattr(run, "in_words", lambda *_: "")
+    cases = [run.Case("full", 128, algorithm) for algorithm in ("mse", "gptq")]
+    monkeypatch.setattr(run, "cases", lambda: iter(cases))
+    text, output = tmp_path / "text", tmp_path / "found.json"
+    text.write_text("one")
+
+    def count(*more):
+        """Checkpoints that a run makes."""
+        before = len(made)
+        options = ["--work", str(tmp_path / "work"), "--output", str(output)]
+        options += ["--calibration-text", str(text), *more]
+        monkeypatch.setattr("sys.argv", ["run.py", *options])
+        run.main()
+        assert list(json.loads(output.read_text())["results"])[1:] == [each.name for each in cases]
+        return len(made) - before
+
+    assert count() == 2
+    assert count() == 0
+    assert count("--samples", "4") == count("--length", "64") == 1
+    text.write_text("two")
+    assert count() == 1
+    assert made[0].name == "full-g128-mse"
 
 
 def test_the_tables_in_the_documentation_are_those_of_the_results():
