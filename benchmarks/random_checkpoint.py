@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import geometry_folder
 from benchmarks.end_to_end.contestants import COMPRESSED, GROUP
+from vllm_nanoquant.planner.errors import PlanError
 from vllm_nanoquant.planner.shapes import shapes_by_config
 
 SHARD_BYTES = 4_000_000_000
@@ -38,9 +40,9 @@ def write_checkpoint(geometry: Path, target: Path, device: str, int4: bool = Fal
         device: where the random numbers are drawn; a GPU is many times faster.
         int4: as vLLM's compressed-tensors reads it, instead of BF16.
     """
-    target.mkdir(parents=True)
     config = json.loads((geometry / "config.json").read_text())
     shapes = shapes_by_config(config)
+    target.mkdir(parents=True)  # not before: the next attempt would find it
     if int4:
         config["quantization_config"] = COMPRESSED
     (target / "config.json").write_text(json.dumps(config, indent=2))
@@ -86,12 +88,19 @@ def _packed(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("geometry", type=Path, help="folder with a config.json")
+    parser.add_argument("geometry", type=geometry_folder, help="folder with a config.json")
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--int4", action="store_true", help="for vLLM's own int4")
     arguments = parser.parse_args()
-    total = write_checkpoint(arguments.geometry, arguments.target, arguments.device, arguments.int4)
+    if arguments.target.exists():
+        parser.error(f"{arguments.target} exists: remove it, or name another folder")
+    try:
+        total = write_checkpoint(
+            arguments.geometry, arguments.target, arguments.device, arguments.int4
+        )
+    except PlanError as error:
+        parser.error(f"{arguments.geometry}: {error}")
     print(f"{arguments.target}: {total / 1e9:.2f} GB")
 
 

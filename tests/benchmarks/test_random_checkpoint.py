@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from benchmarks.end_to_end.contestants import COMPRESSED, GROUP
-from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.random_checkpoint import main, write_checkpoint
 from vllm_nanoquant.planner.shapes import shapes_by_config
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-nemotron-h"
@@ -56,3 +57,26 @@ def test_vllms_int4(tmp_path: Path) -> None:
         assert bool((scale >= 0).all())
         assert tuple(size.tolist()) == shape
     assert not tensors
+
+
+def test_a_wrong_geometry_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    target = tmp_path / "a" / "target"
+    with pytest.raises(ValueError, match="model_type"):
+        write_checkpoint(tmp_path, target, "cpu")
+    assert not target.parent.exists()
+
+
+def test_mistakes_are_said_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for geometry, target, message in (
+        (str(tmp_path), tmp_path / "new", f"{tmp_path}: config.json: model_type is missing"),
+        ("/nope", tmp_path / "new", "'/nope' has no config.json"),
+        (str(TINY), tmp_path, f"{tmp_path} exists: remove it, or name another folder"),
+    ):
+        monkeypatch.setattr("sys.argv", ["random_checkpoint.py", geometry, str(target)])
+        with pytest.raises(SystemExit):
+            main()
+        assert message in capsys.readouterr().err.splitlines()[-1]
