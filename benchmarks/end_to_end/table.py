@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import VLLM
-from benchmarks.kernels.sections import markdown_table
+from benchmarks.kernels.sections import NOTHING, markdown_table
 from benchmarks.kernels.table import put_section
 
 MARKERS = ("<!-- contest:begin -->", "<!-- contest:end -->")
@@ -83,8 +83,9 @@ def _timed(ran: dict[str, Any], figure: str, head: str, digits: str, best: Any) 
 
 
 def _memory(ran: dict[str, Any]) -> Iterator[str]:
+    figures = ("weights_gib", "peak_gib_while_loading")  # vLLM for CPUs logs neither
     rows = [
-        [label(name), f"{row['weights_gib']:.2f}", f"{row['peak_gib_while_loading']:.2f}"]
+        [label(name), *(f"{row[each]:.2f}" if each in row else NOTHING for each in figures)]
         for name, row in ran.items()
     ]
     yield from markdown_table(["weights", "model", "peak"], rows)
