@@ -25,6 +25,8 @@ LABELS = {
     "int4-marlin": "vLLM's int4, Marlin",
 }
 RATES, FIRST = "decode_tokens_per_second", "time_to_first_token_ms"
+# A figure whose repetitions differ by more than this share of the median was disturbed.
+DISTURBED = 0.15
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -45,7 +47,7 @@ def tables(report: dict[str, Any]) -> str:
         [
             f"{problem['geometry']}, {problem['weights']} weights, one {report['device']} "
             f"({names}); made by `benchmarks/end_to_end/table.py`. Medians, with the least and the "
-            "most of the repetitions."
+            f"most of the repetitions; † where these differ by more than {DISTURBED:.0%} of it."
         ],
         ["Decoding, tokens per second of all sequences together:"],
         list(_timed(ran, RATES, "batch", ".0f", best=max)),
@@ -77,7 +79,8 @@ def _timed(ran: dict[str, Any], figure: str, head: str, digits: str, best: Any) 
             found = row[figure][count]
             median = f"{found['median']:{digits}}"
             bold = f"**{median}**" if found["median"] == winners[count] else median
-            cells.append(f"{bold} ({found['min']:{digits}}-{found['max']:{digits}})")
+            mark = " †" if found["max"] - found["min"] > DISTURBED * found["median"] else ""
+            cells.append(f"{bold} ({found['min']:{digits}}-{found['max']:{digits}}){mark}")
         rows.append([label(name), *cells])
     yield from markdown_table([head, *counts], rows)
 

@@ -51,7 +51,7 @@ KL divergence is from BF16, in thousandths of a nat of a token.
 - `balanced` stays the default preset. The LM head, which only `full` quantizes, costs more than any
   other kind of weight, for a ninth of the weights here.
 - `mse` is the default everywhere now: of `nanoquant quantize` and `convert`, as before, and while
-  vLLM loads, where a kernel of its own does the search in half a second for a 9B
+  vLLM loads, where a kernel of its own does the search in 0.35 s for a 9B
   ([loading](benchmarks.md#loading)). `gptq` is the advice where there is a text:
   [algorithms](algorithms.md).
 - Groups of 128 and zero points in bf16 stay the default: whole ones save 0.1 bits of a weight, and

@@ -164,7 +164,7 @@ def test_mistakes_are_said_before_an_engine_starts(
 def test_a_result_says_how_it_was_made(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
     figures = {
-        "decode_tokens_per_second": {"2": {"median": 9.0, "min": 8.0, "max": 10.0}},
+        "decode_tokens_per_second": {"2": {"median": 90.0, "min": 88.0, "max": 95.0}},
         "time_to_first_token_ms": {"64": {"median": 5.0, "min": 4.0, "max": 6.0}},
     }
     monkeypatch.setattr(run, "measure", lambda _, names: [figures for _ in names])
@@ -194,7 +194,7 @@ def test_a_result_says_how_it_was_made(tmp_path, monkeypatch, capsys):
     # vLLM for CPUs does not log its memory.
     assert table.main([str(output)]) == 0
     said = capsys.readouterr().out
-    assert "| BF16 | **9** (8-10) |" in said and "| BF16 | - | - |" in said
+    assert "| BF16 | **90** (88-95) |" in said and "| BF16 | - | - |" in said
     assert run.main([*arguments, "--together", "2", "--cache-gib", "3", "--only-load"]) == 0
     changed = json.loads(output.read_text())["problem"]
     assert (changed["cache_gib"], changed["batches"], changed["prefill"]) == (3.0, [], [])
@@ -233,6 +233,18 @@ def test_the_table_marks_the_best_and_names_who_did_not_run(capsys, tmp_path):
     best = max(rates, key=lambda name: rates[name])
     line = next(line for line in said.splitlines() if line.startswith(f"| {table.label(best)} |"))
     assert line.split("|")[2].strip().startswith(f"**{rates[best]:.0f}**")
+
+
+def test_the_table_marks_figures_that_were_disturbed(capsys, tmp_path):
+    report = json.loads(RESULT.read_text("utf-8"))
+    rate = report["results"]["bf16"]["decode_tokens_per_second"]["1"]
+    changed = tmp_path / "changed.json"
+    for most, marked in ((1.14, False), (1.16, True)):
+        rate |= {"min": rate["median"], "max": rate["median"] * most}
+        changed.write_text(json.dumps(report), encoding="utf-8")
+        assert table.main([str(changed)]) == 0
+        line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| BF16 |"))
+        assert line.split("|")[2].strip().endswith("†") == marked
 
 
 def test_a_result_file_that_is_none_is_named(tmp_path, capsys):
