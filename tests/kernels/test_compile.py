@@ -21,13 +21,9 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from benchmarks.kernels import machine_code  # noqa: E402
+from benchmarks.kernels.disassembly import Instruction, overwritten_operands  # noqa: E402
 from benchmarks.kernels.layers import LAYERS  # noqa: E402
-from benchmarks.kernels.machine_code import (  # noqa: E402
-    Instruction,
-    MachineCode,
-    Variant,
-    overwritten_operands,
-)
+from benchmarks.kernels.machine_code import MachineCode, Variant  # noqa: E402
 from vllm_nanoquant.kernels import settings  # noqa: E402
 from vllm_nanoquant.kernels.settings import (  # noqa: E402
     FEW_WARPS,

@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.kernels import machine_code_moe
-from benchmarks.kernels.machine_code import Variant, overwritten_operands
+from benchmarks.kernels.disassembly import overwritten_operands
+from benchmarks.kernels.machine_code import Variant
 from tests.kernels.test_compile import (
     ARCHITECTURES,
     DECODE_LIMITS,
