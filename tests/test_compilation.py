@@ -73,14 +73,16 @@ def capture_sizes(model, options=None, quantization=METHOD, **engine):
     [
         ({}, [1, 2, 4, 8]),
         ({"max_num_seqs": 1}, [1]),
-        ({"max_num_seqs": 3}, [1, 2, 4]),
+        ({"max_num_seqs": 3}, [1, 2, 3]),
+        ({"max_num_seqs": 6}, [1, 2, 4, 6]),
         ({"max_num_seqs": 8}, [1, 2, 4, 8]),
         ({"largest": 64}, [1, 2, 4, 8]),
         ({"largest": 4}, [1, 2, 4]),
         ({"sizes": [1, 2, 4]}, [1, 2, 4]),
         ({"sizes": [1, 3, 8, 16, 64]}, [1, 3, 8]),
         ({"options": {"max_capture_size": 32}}, [1, 2, 4, 8, 16, 24, 32]),
-        ({"options": {"max_capture_size": 32}, "max_num_seqs": 9}, [1, 2, 4, 8, 16]),
+        ({"options": {"max_capture_size": 32}, "max_num_seqs": 9}, [1, 2, 4, 8, 9]),
+        ({"options": {"max_capture_size": 20}}, [1, 2, 4, 8, 16, 20]),
         ({"options": {"max_capture_size": 16}, "sizes": [16, 32]}, [16]),
     ],
 )
@@ -96,7 +98,7 @@ NGRAM = {"method": "ngram", "prompt_lookup_max": 3}
     [
         # Multiples of one drafted token more, for as many sequences as without drafts.
         ({}, [5, 10, 20, 40]),
-        ({"max_num_seqs": 3}, [5, 10, 20]),
+        ({"max_num_seqs": 3}, [5, 10, 15]),
         ({"options": {"max_capture_size": 16}}, [5, 10, 20, 40, 80]),
         ({"largest": 20}, [5, 10, 20]),
         ({"sizes": [5, 10, 80]}, [5, 10]),
@@ -109,6 +111,34 @@ def test_sizes_with_speculative_decoding(tiny_model, engine, sizes):
     engine.setdefault("max_num_seqs", 16 if "options" in engine else 8)
     engine["speculative_config"] = {**NGRAM, "num_speculative_tokens": drafted}
     assert capture_sizes(tiny_model, **engine) == sizes
+
+
+@pytest.mark.parametrize(
+    ("method", "second", "sizes"),
+    [
+        ("draft_model", True, [1, 2, 4, 5, 8, 10, 20, 40]),
+        ("draft_model", False, [5, 10, 20, 40]),
+        ("ngram", True, [5, 10, 20, 40]),
+    ],
+)
+def test_a_model_that_drafts_has_graphs_in_the_second_model_runner(
+    tiny_model, monkeypatch, method, second, sizes
+):
+    config = EngineArgs(
+        model=str(tiny_model),
+        quantization=METHOD,
+        enforce_eager=True,
+        max_model_len=512,
+        max_num_seqs=8,
+        speculative_config={**NGRAM, "num_speculative_tokens": 4},
+    ).create_engine_config()
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", second)
+    config.model_config.enforce_eager = False
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config.compilation_config.cudagraph_capture_sizes = None
+    config.speculative_config.method = method
+    compilation.cap_capture_sizes(config)
+    assert config.compilation_config.cudagraph_capture_sizes == sizes
 
 
 def test_the_way_out_with_speculative_decoding_counts_sequences(tiny_model, messages):

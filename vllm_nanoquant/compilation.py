@@ -27,13 +27,12 @@ def default_capture_sizes(cap: int, max_num_seqs: int) -> list[int]:
 
     Args:
         cap: largest allowed size.
-        max_num_seqs: most sequences the engine runs at once; the last size is the first that
-            covers it.
+        max_num_seqs: most sequences the engine runs at once. vLLM captures no decode of more, so
+            where the cap allows it the last size is this one, and not the next step.
     """
-    sizes = [size for size in (1, 2, 4) if size <= cap]
-    sizes += range(_GRAPH_STEP, cap + 1, _GRAPH_STEP)
-    enough = next((size for size in sizes if size >= max_num_seqs), sizes[-1])
-    return [size for size in sizes if size <= enough]
+    most = min(cap, max_num_seqs)
+    steps = (1, 2, 4, *range(_GRAPH_STEP, most, _GRAPH_STEP))
+    return [*(size for size in steps if size < most), most]
 
 
 def settle_engine(engine: VllmConfig) -> None:
@@ -75,8 +74,10 @@ def cap_capture_sizes(engine: VllmConfig) -> None:
 
     Sizes that the user gave are kept up to the cap, and a warning names the dropped ones. What has
     no CUDA graphs (eager mode, graphs off) is left alone. With speculative decoding a sequence
-    takes more than one token of a batch, and vLLM captures multiples of that number only: sizes and
-    cap are multiplied by it, which is as many graphs, for as many sequences.
+    takes more than one token of a batch, and vLLM captures decodes of multiples of that number
+    only: sizes and cap are multiplied by it, which is as many graphs, for as many sequences. A
+    model that drafts takes one token of each sequence, and has graphs of its own in vLLM's second
+    model runner: its sizes are added there.
 
     Raises:
         ValueError: the user gave sizes, and all of them are above the cap.
@@ -96,7 +97,10 @@ def cap_capture_sizes(engine: VllmConfig) -> None:
             engine.scheduler_config.max_num_batched_tokens,
         )
         sizes = default_capture_sizes(max(1, largest // tokens_each), max_num_seqs)
-        settings.cudagraph_capture_sizes = [size * tokens_each for size in sizes]
+        drafts = sizes if _drafts_have_graphs(engine) else []
+        settings.cudagraph_capture_sizes = sorted(
+            {*drafts, *(size * tokens_each for size in sizes)}
+        )
     else:
         settings.cudagraph_capture_sizes = _keep_up_to(
             cap * tokens_each, settings.cudagraph_capture_sizes, tokens_each
@@ -105,6 +109,14 @@ def cap_capture_sizes(engine: VllmConfig) -> None:
     settings.max_cudagraph_capture_size = None
     if max_num_seqs > cap:
         _warn_of_uncaptured_batches(cap, max_num_seqs)
+
+
+def _drafts_have_graphs(engine: VllmConfig) -> bool:
+    """Whether a model drafts, and its steps are captured on their own."""
+    speculative = engine.speculative_config
+    if speculative is None or speculative.method.startswith(("ngram", "suffix")):
+        return False
+    return engine.use_v2_model_runner
 
 
 def _keep_up_to(cap: int, sizes: list[int], tokens_each: int) -> list[int]:

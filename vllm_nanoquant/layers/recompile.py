@@ -78,17 +78,18 @@ def refuse_unsuitable(engine: VllmConfig) -> None:
 
 
 def refuse_lasting_graphs(worker: Any) -> None:
-    """Refuse a worker whose CUDA graphs cannot be dropped.
+    """Refuse a worker that compiled its model, or captured graphs, and cannot do so again.
 
     Raises:
         ValueError: vLLM's second model runner before vLLM 0.32.
     """
     manager = getattr(worker.model_runner, "cudagraph_manager", None)
-    drops = manager is None or hasattr(manager, "release_graphs")
-    if captures_graphs(worker.vllm_config) and not drops:
+    # With this method came the other one that is needed, which puts requests aside.
+    if manager is not None and not hasattr(manager, "release_graphs"):
         raise ValueError(
-            f"{METHOD}: this vLLM cannot drop the CUDA graphs of its second model runner (it can "
-            f"from 0.32 on); start the engine with enforce_eager=True, or {_WAY_OUT}"
+            f"{METHOD}: this vLLM cannot drop the compiled code and CUDA graphs of its second "
+            "model runner (it can from 0.32 on); start the engine with enforce_eager=True, or "
+            f"{_WAY_OUT}"
         )
 
 
