@@ -20,6 +20,11 @@ from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = os.environ.get("NANOQUANT_TEST_MULTIPROCESS", "0")
 
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+    import second_runner
+
+    second_runner.prepare()
+
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from weight_digests import digests
