@@ -39,6 +39,12 @@ def geometry_folder(text: str) -> Path:
     return path
 
 
+def require_config(parser: argparse.ArgumentParser, option: str, folder: Path) -> None:
+    """End the program where the folder of a checkpoint has no config.json."""
+    if not (folder / "config.json").is_file():
+        parser.error(f"{option}: {str(folder)!r} has no config.json; give a checkpoint's folder")
+
+
 def positive(text: str) -> int:
     """A whole number from 1 on, as a value on the command line."""
     if not text.isdecimal() or not int(text):

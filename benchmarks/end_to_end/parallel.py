@@ -30,9 +30,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
 from benchmarks.common import (  # noqa: E402
-    geometry_folder,
     output_file,
     positive,
+    require_config,
     versions,
     write_json,
 )
@@ -107,12 +107,13 @@ def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; on a mistake, say what is wrong and exit with status 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=geometry_folder, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--ranks", type=positive, required=True, help="tensor-parallel ranks")
     parser.add_argument("--preset", choices=get_args(Preset), default="balanced")
     parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2, 4, 8])
     parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
+    require_config(parser, "--checkpoint", options.checkpoint)
     if options.ranks < 2:
         parser.error(f"--ranks {options.ranks}: one GPU is what they are compared with; give 2")
     found = torch.cuda.device_count()

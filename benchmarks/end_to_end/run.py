@@ -38,6 +38,7 @@ from benchmarks.common import (  # noqa: E402
     geometry_folder,
     output_file,
     positive,
+    require_config,
     versions,
     write_json,
 )
@@ -208,7 +209,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=output_file, required=True, help="JSON file to write")
     add("--geometry", type=geometry_folder, default=GEOMETRY, help="folder with config.json")
-    add("--checkpoint", type=geometry_folder, help="folder with weights; dummies without it")
+    add("--checkpoint", type=Path, help="folder with weights; dummies without it")
     add("--contestants", nargs="+", choices=NAMES, default=["bf16", "ssm", "balanced"])
     add("--batches", nargs="+", type=positive, default=[1, 2, 4, 8])
     add("--tokens", type=positive, default=128, help="to generate of each sequence")
@@ -226,6 +227,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache-gib", type=float, default=6.0, help="KV cache of each of those")
     add("--only-load", action="store_true")
     options = parser.parse_args(arguments)
+    if options.checkpoint:
+        require_config(parser, "--checkpoint", options.checkpoint)
     if options.tokens < 2:
         parser.error(f"--tokens {options.tokens}: the first is not timed, so give 2 or more")
     if not options.cache_gib > 0:

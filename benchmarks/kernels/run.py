@@ -123,9 +123,6 @@ def describe_problem(options: Options) -> dict[str, object]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print a line per figure, and write the JSON file; the exit status."""
     options = parse_options(arguments)
-    # Before a contestant imports vLLM.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     peers = [load(name) for name in options.peers if name in CONTESTANTS]
     if peers and not selects(options, peers):
         print(
@@ -137,6 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
+    # Before a contestant imports vLLM, which they do when they are measured.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     device = torch.device("cuda", torch.cuda.current_device())
     report = Report(describe_problem(options), describe_device(device), versions())
     benchmark(options, peers, time_in_graph, device, report)

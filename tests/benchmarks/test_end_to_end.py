@@ -141,7 +141,7 @@ def test_others_run_without_the_plugin(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--geometry", "/nope"], "argument --geometry: '/nope' has no config.json; there are"),
-        (["--checkpoint", "/nope"], "argument --checkpoint: '/nope' has no config.json"),
+        (["--checkpoint", "/nope"], "--checkpoint: '/nope' has no config.json"),
         (["--batches", "1", "0"], "argument --batches: '0' is not a positive whole number"),
         (["--together", "0"], "argument --together: '0' is not a positive whole number"),
         (["--output", "/nope/x.json"], "argument --output: there is no folder '/nope'"),
