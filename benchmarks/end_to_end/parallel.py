@@ -36,6 +36,7 @@ from benchmarks.common import (  # noqa: E402
     versions,
     write_json,
 )
+from vllm_nanoquant.kernels.accuracy import mean_relative_error  # noqa: E402
 from vllm_nanoquant.recipe import METHOD, Preset  # noqa: E402
 
 KV_CACHE_BYTES = 4 << 30
@@ -96,7 +97,7 @@ class Engine:
 def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:
     """How far logits [prompts, vocabulary] are from expected ones."""
     return {
-        "mean_relative_error": float((logits - expected).abs().mean() / expected.abs().mean()),
+        "mean_relative_error": mean_relative_error(logits, expected),
         "greatest_difference": float((logits - expected).abs().max()),
         "standard_deviation_of_logits": float(expected.std()),
         "same_first_choice": int((logits.argmax(1) == expected.argmax(1)).sum()),

@@ -9,11 +9,6 @@ import torch
 MOST_ERROR = 0.02
 
 
-def mean_relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
-    """Mean |y - expected| / mean |expected|, NaN where any value of y is; expected is fp64."""
-    return float((y - expected).abs().mean() / expected.abs().mean())
-
-
 def poison(x: torch.Tensor, n: int) -> None:
     """Leave NaN in the memory that the allocator hands out next.
 

@@ -36,8 +36,8 @@ from benchmarks.common import (  # noqa: E402
     versions,
     write_json,
 )
-from benchmarks.kernels.accuracy import mean_relative_error  # noqa: E402
 from benchmarks.kernels.report import describe_device  # noqa: E402
+from vllm_nanoquant.kernels.accuracy import mean_relative_error  # noqa: E402
 from vllm_nanoquant.kernels.timing import copies_needed, time_in_graph  # noqa: E402
 
 BATCHES = (1, 2, 4, 8, 16, 32)

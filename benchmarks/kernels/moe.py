@@ -29,14 +29,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, only this folder is on the path
 
 from benchmarks.common import NO_GPU, output_file, versions, write_json  # noqa: E402
-from benchmarks.kernels.accuracy import (  # noqa: E402
-    MOST_ERROR,
-    mean_relative_error,
-    poison,
-)
+from benchmarks.kernels.accuracy import MOST_ERROR, poison  # noqa: E402
 from benchmarks.kernels.moe_peers import CONTESTANTS, Contestant, Experts  # noqa: E402
 from benchmarks.kernels.peers.base import Refused, as_refusal  # noqa: E402
 from benchmarks.kernels.report import describe_device  # noqa: E402
+from vllm_nanoquant.kernels.accuracy import mean_relative_error  # noqa: E402
 from vllm_nanoquant.kernels.timing import time_in_graph  # noqa: E402
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 128, 6, 2688, 1856

@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.end_to_end import run, table
 from benchmarks.end_to_end.contestants import NAMES, engine_options, environment
+from tests.benchmarks.mistakes import said
 from vllm_nanoquant.recipe import METHOD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,10 +156,8 @@ def test_mistakes_are_said_before_an_engine_starts(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("an engine was started"))
-    with pytest.raises(SystemExit) as stopped:
-        run.main(["--output", str(tmp_path / "x.json"), "--contestants", "bf16", *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    given = ["--output", tmp_path / "x.json", "--contestants", "bf16", *arguments]
+    assert message in said(capsys, run.main, *given)
 
 
 def test_a_result_says_how_it_was_made(tmp_path, monkeypatch, capsys):

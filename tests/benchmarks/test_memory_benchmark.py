@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.end_to_end import memory
 from benchmarks.end_to_end.memory import GEOMETRY, LOGGED, planned
+from tests.benchmarks.mistakes import said
 from vllm_nanoquant.planner.numbers import MIB
 
 # Lines of vLLM 0.26 on an H200.
@@ -77,10 +78,7 @@ def test_mistakes_are_said_before_the_engine_starts(
     (tmp_path / "config.json").write_text("{}")
     arguments = [each.replace("EMPTY", str(tmp_path)) for each in arguments]
     monkeypatch.setattr(memory, "run_engine", lambda *_: pytest.fail("an engine was started"))
-    with pytest.raises(SystemExit) as stopped:
-        memory.main(["--output", str(tmp_path / "x.json"), *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in said(capsys, memory.main, "--output", tmp_path / "x.json", *arguments)
 
 
 @pytest.mark.parametrize("vllm", [{"error": ["no memory"], "status": 1}, {"cache_gib": 100.0}])

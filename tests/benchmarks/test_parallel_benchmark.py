@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.end_to_end import parallel
 from benchmarks.end_to_end.run import GEOMETRY
+from tests.benchmarks.mistakes import said
 
 FAKE_ENGINE = """
 import json, sys, time
@@ -86,8 +87,5 @@ def test_if_one_engine_fails_the_other_is_ended(engines, tmp_path, capsys):
 )
 def test_mistakes_are_said_before_an_engine_starts(more, message, engines, tmp_path, capsys):
     started = engines(0)
-    with pytest.raises(SystemExit) as stopped:
-        parallel.main(arguments(tmp_path / "found.json", *more))
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in said(capsys, parallel.main, *arguments(tmp_path / "found.json", *more))
     assert not started

@@ -12,19 +12,12 @@ from benchmarks.end_to_end import table as end_to_end
 from benchmarks.evidence import page
 from benchmarks.kernels import moe_table, predict, table
 from benchmarks.quality import llm_compressor
+from tests.benchmarks.mistakes import said
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 KERNELS = BENCHMARKS / "kernels" / "results" / "h200.json"
 CONTEST = BENCHMARKS / "end_to_end" / "results" / "h200-nano9b-contest.json"
 LOADED = BENCHMARKS / "end_to_end" / "results" / "h200-nano9b-load.json"
-
-
-def said(capsys, main, *arguments):
-    """What a command line says of a mistake, its last line."""
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("main", [end_to_end.main, moe_table.main])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a product is from the float64 product of the same weights."""
+"""How far a result is from another, and a product from the float64 product of its weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import torch
 
 # Rows of x multiplied at a time: the temporaries of a wide layer stay under 1 GB each.
 _CHUNK_TOKENS = 512
+
+
+def mean_relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean |y - expected| / mean |expected|, of one shape; NaN where any value of y is."""
+    return float((y - expected).abs().mean() / expected.abs().mean())
 
 
 def relative_error(y: torch.Tensor, x: torch.Tensor, exact: torch.Tensor) -> float:

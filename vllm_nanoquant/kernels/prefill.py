@@ -151,13 +151,18 @@ def scratch_bytes(weight: RuntimeWeight, element_size: int) -> int:
 
 
 def reserve_scratch(device: torch.device, nbytes: int) -> torch.Tensor:
-    """Return the device's scratch buffer (uint8), made larger first if it has fewer bytes."""
+    """Return the device's scratch buffer (uint8), made larger first if it has fewer bytes.
+
+    One that is handed out while a CUDA graph is captured stays for good.
+    """
     buffer = _scratch.get(device)
     if buffer is None or buffer.numel() < nbytes:
         # The old one goes first: both together need not fit.
         _scratch.pop(device, None)
         buffer = None
         buffer = _scratch[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.add(buffer)
     return buffer
 
 
@@ -168,10 +173,7 @@ def prefill(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None) -
     """
     n, k = weight.shape
     step = rows_per_part(weight, x.element_size())
-    buffer = reserve_scratch(x.device, scratch_bytes(weight, x.element_size()))
-    if torch.cuda.is_current_stream_capturing():
-        _captured.add(buffer)
-    scratch = buffer.view(x.dtype)
+    scratch = reserve_scratch(x.device, scratch_bytes(weight, x.element_size())).view(x.dtype)
     y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
     for first in range(0, n, step):
         rows = slice(first, min(first + step, n))

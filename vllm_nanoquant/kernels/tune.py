@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_nanoquant.files import write_whole
+from vllm_nanoquant.kernels.accuracy import mean_relative_error
 from vllm_nanoquant.kernels.layout import RuntimeWeight
 from vllm_nanoquant.kernels.settings import (
     FUSED_LIMIT,
@@ -199,13 +200,12 @@ class Shape:
             return math.inf
 
     def _error(self, y: torch.Tensor, x: torch.Tensor) -> float:
-        """Mean difference of a result from that of `prefill`, relative to its mean size."""
+        """Mean relative error of a result, beside that of `prefill`."""
         from vllm_nanoquant.kernels.prefill import prefill
 
         if len(x) not in self.expected:
             self.expected[len(x)] = prefill(x, self.copies[0], None).float()
-        expected = self.expected[len(x)]
-        return float((y.float() - expected).abs().mean() / expected.abs().mean())
+        return mean_relative_error(y, self.expected[len(x)])
 
 
 def fastest(candidates: Iterable[T], measure: Callable[[T], float]) -> tuple[float, T]:
