@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -76,13 +77,18 @@ class Heads:
         )
 
 
+def vllms_updates() -> ModuleType:
+    """The module of vLLM. Not imported at the top: that takes seconds, and options may be wrong."""
+    from vllm.model_executor.layers.mamba.ops import mamba_ssm
+
+    return mamba_ssm
+
+
 class Update:
     """One layer's update for a batch; states in fp32, of more sequences than a cache holds."""
 
     def __init__(self, heads: Heads, batch: int, device: torch.device) -> None:
         """Random inputs in bf16, as vLLM's mixer passes them."""
-        # Not at the top: it takes seconds, and a command line can be wrong.
-        from vllm.model_executor.layers.mamba.ops import mamba_ssm
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=device, dtype=torch.bfloat16)
@@ -101,7 +107,7 @@ class Update:
         self.b, self.c = (normal(batch, heads.groups, heads.state) for _ in range(2))
         self.d, self.bias = (normal(heads.heads)[:, None].expand(-1, heads.size) for _ in range(2))
         self.y = torch.empty_like(self.x)
-        self._update = mamba_ssm.selective_state_update
+        self._update = vllms_updates().selective_state_update
 
     def __call__(self, call: int) -> torch.Tensor:
         """Update the states of one call's sequences; y [batch, heads, size]."""
@@ -139,25 +145,22 @@ class Update:
 
 def vllms_own(update: Update) -> tuple[int, int]:
     """Rows and warps with which vLLM launches it here: from a file if it has one."""
-    from vllm.model_executor.layers.mamba.ops import mamba_ssm
-
     batch, heads, size = update.x.shape
     state = update.states.shape[-1]
     device = update.x.device
     blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
-    return mamba_ssm.try_get_optimal_ssm_config(size, state, batch, heads, "float32", blackwell)
+    find = vllms_updates().try_get_optimal_ssm_config
+    return find(size, state, batch, heads, "float32", blackwell)
 
 
 def time_settings(update: Update) -> list[dict[str, Any]]:
     """Microseconds and error with each number of rows and warps, vLLM's own first."""
-    from vllm.model_executor.layers.mamba.ops import mamba_ssm
-
     own = vllms_own(update)
     rows = [each for each in ROWS if each < 2 * update.states.shape[-2]]
     settings = [own, *(each for each in product(rows, WARPS) if each != own)]
 
     def measure(setting: tuple[int, int]) -> dict[str, Any]:
-        with mamba_ssm.override_ssm_config(setting):
+        with vllms_updates().override_ssm_config(setting):
             error = update.error()
             calls = [lambda call=call: update(call) for call in range(update.calls)]
             times = asdict(time_in_graph(calls, REPLAYS))
@@ -211,8 +214,6 @@ def main() -> None:
         parser.error(f"{arguments.geometry / 'config.json'} is not a Nemotron-H's: no {error}")
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    from vllm.model_executor.layers.mamba.ops import mamba_ssm
-
     device = torch.device("cuda", 0)
     report: dict[str, Any] = {
         "problem": {"geometry": arguments.geometry.name, **asdict(heads), "dtype": "float32"},
@@ -232,8 +233,9 @@ def main() -> None:
         write_json(arguments.output, report)
         print(line(batch, moved, "vLLM's own", found[0]))
         print(line(batch, moved, "best", best), flush=True)
-    name = mamba_ssm.get_ssm_config_file_name(
-        heads.size, heads.state, "float32", mamba_ssm.get_ssm_device_name()
+    updates = vllms_updates()
+    name = updates.get_ssm_config_file_name(
+        heads.size, heads.state, "float32", updates.get_ssm_device_name()
     )
     write_json(arguments.folder / name, chosen)
 
