@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
 from benchmarks.common import (  # noqa: E402
+    end_engines_when_terminated,
     output_file,
     positive,
     require_config,
@@ -166,4 +167,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_engines_when_terminated()
     sys.exit(main())

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +122,45 @@ def test_engines_that_wait_are_ended_with_the_run(tmp_path, monkeypatch):
     next(measuring)
     measuring.close()
     assert [process.returncode for process in started] == [0, -signal.SIGKILL]
+
+
+TERMINATED = """
+import json, sys, time
+from argparse import Namespace
+from pathlib import Path
+from benchmarks.common import end_engines_when_terminated
+from benchmarks.end_to_end import run
+def wait(engine):
+    print(engine._process.pid, flush=True)
+    time.sleep(600)
+run.HERE = Path(sys.argv[1])
+run.Engine.wait_until_ready = wait
+end_engines_when_terminated()
+options = json.loads(sys.argv[2]) | {"output": run.HERE / "result.json"}
+next(run.measure(Namespace(**options), ["balanced"]))
+"""
+
+
+def test_engines_are_ended_when_the_run_is_terminated(tmp_path):
+    (tmp_path / "engine.py").write_text("import time; time.sleep(600)", encoding="utf-8")
+    given = {key: value for key, value in vars(options(tmp_path)).items() if key != "output"}
+    given["geometry"] = str(given["geometry"])
+    command = [sys.executable, "-c", TERMINATED, str(tmp_path), json.dumps(given)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as runs:
+        assert runs.stdout
+        engine = int(runs.stdout.readline())
+        runs.terminate()
+        assert runs.wait(60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine, 0)
+
+
+@pytest.mark.parametrize("memory", [" memory", ""])  # the second model runner leaves it out
+def test_memory_is_what_vllm_logs(memory):
+    line = f"INFO Model loading took 6.64 GiB{memory} and 19.758121 seconds"
+    found = {name: re.findall(pattern, line) for name, pattern in run.LOGGED.items()}
+    assert found["weights_gib"] == ["6.64"]
+    assert found["load_seconds"] == ["19.758121"]
 
 
 def test_a_missing_plugin_is_said_before_an_engine_starts(tmp_path, monkeypatch, capsys):
