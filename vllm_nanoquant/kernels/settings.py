@@ -77,8 +77,12 @@ class Work(NamedTuple):
     programs: int
     own: int
     """Tiles that each program has to itself."""
-    sharers: int
-    """Programs that share the tiles that are left, in equal runs of chunks."""
+    front_tiles: int
+    """Of the tiles that are left, how many the programs in front share."""
+    front: int
+    """Programs, the first ones, that share these, in equal runs of chunks."""
+    back: int
+    """Programs after them that share the rest, in equal runs of chunks."""
 
 
 @dataclass(frozen=True)
@@ -102,18 +106,24 @@ class FusedSettings:
     def share_out(self, tiles: int, chunks: int, multiprocessors: int) -> Work:
         """Give each program of `fused` tiles of its own, and all of them the rest to share.
 
-        The rest gets the same number of programs per tile where BUSY of the GPU has work then.
+        Programs that run at once on a multiprocessor share its time: all slots are used, and some
+        tiles get one program more than others. Where one runs at a time the longest run counts:
+        each tile gets the same number, unless less than BUSY of the GPU would have work then, and
+        runs of chunks begin and end anywhere.
         """
         slots = self.per_multiprocessor * multiprocessors
         own, rest = divmod(tiles, slots)
         if rest == 0:
-            return Work(slots, own, 1)
+            return Work(slots, own, 0, 0, 0)
         units = rest * chunks
         sharers = min(slots, units, 2**31 // units - 2)  # the kernel multiplies in 32 bits
-        each = sharers // rest
+        each, more = divmod(sharers, rest)
+        if each > 1 and self.per_multiprocessor > 1:
+            programs = slots if own else sharers
+            return Work(programs, own, more, more * (each + 1), (rest - more) * each)
         if each and tiles >= BUSY * slots * (own + 1 / each):
             sharers = rest * each
-        return Work(slots if own else sharers, own, sharers)
+        return Work(slots if own else sharers, own, rest, sharers, 0)
 
 
 class Gpu(NamedTuple):
