@@ -106,10 +106,10 @@ class FusedSettings:
     def share_out(self, tiles: int, chunks: int, multiprocessors: int) -> Work:
         """Give each program of `fused` tiles of its own, and all of them the rest to share.
 
-        Programs that run at once on a multiprocessor share its time: all slots are used, and some
-        tiles get one program more than others. Where one runs at a time the longest run counts:
-        each tile gets the same number, unless less than BUSY of the GPU would have work then, and
-        runs of chunks begin and end anywhere.
+        Programs that run at once on a multiprocessor share its time: where two or more of them fall
+        to each tile that is left, all are used, and some tiles get one more than others. Else the
+        longest run counts: each tile gets the same number or, if less than BUSY of the GPU would
+        have work then, runs of chunks begin and end anywhere.
         """
         slots = self.per_multiprocessor * multiprocessors
         own, rest = divmod(tiles, slots)
