@@ -118,12 +118,12 @@ class FusedSettings:
         units = rest * chunks
         sharers = min(slots, units, 2**31 // units - 2)  # the kernel multiplies in 32 bits
         each, more = divmod(sharers, rest)
+        front_tiles, front = rest, sharers
         if each > 1 and self.per_multiprocessor > 1:
-            programs = slots if own else sharers
-            return Work(programs, own, more, more * (each + 1), (rest - more) * each)
-        if each and tiles >= BUSY * slots * (own + 1 / each):
-            sharers = rest * each
-        return Work(slots if own else sharers, own, rest, sharers, 0)
+            front_tiles, front = more, more * (each + 1)
+        elif each and tiles >= BUSY * slots * (own + 1 / each):
+            front = sharers = rest * each
+        return Work(slots if own else sharers, own, front_tiles, front, sharers - front)
 
 
 class Gpu(NamedTuple):
