@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: values on their command lines, versions, result files, a signal."""
+"""What the benchmarks share: values on their command lines, versions of packages, result files."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
-import signal
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,11 +67,3 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     """Write a result file whole or not at all; ValueError where a figure is NaN or infinite."""
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     write_whole(path, text + "\n")
-
-
-def end_engines_when_terminated() -> None:
-    """Have SIGTERM end this program as Ctrl-C does, so that it ends the engines it has started.
-
-    They are processes of their own, and would keep the GPU's memory.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)

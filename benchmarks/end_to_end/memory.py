@@ -25,7 +25,16 @@ from typing import Any, get_args
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.common import geometry_folder, output_file, positive, versions, write_json
-from benchmarks.end_to_end.run import GEOMETRY, LOGGING
+from benchmarks.end_to_end.processes import (
+    MODEL_GIB,
+    PEAK_GIB,
+    end_engine,
+    end_engines_when_terminated,
+    logged,
+    logging_environment,
+    start_engine,
+)
+from benchmarks.end_to_end.run import GEOMETRY
 from vllm_nanoquant.planner.fit import fit
 from vllm_nanoquant.planner.numbers import GIB, MIB
 from vllm_nanoquant.planner.settings import Settings, caching_of, installed_vllm
@@ -42,8 +51,8 @@ if __name__ == "__main__":
     print("RESULT " + json.dumps({"blocks": cache.num_gpu_blocks}), flush=True)
 """
 LOGGED = {
-    "model_gib": r"Model loading took ([\d.]+) GiB",
-    "peak_while_loading_gib": r"Peak GPU memory after loading weights: ([\d.]+) GiB",
+    "model_gib": MODEL_GIB,
+    "peak_while_loading_gib": PEAK_GIB,
     "block_tokens": r"Setting attention block size to (\d+) tokens",
     "graphs_estimated_gib": r"Estimated CUDA graph memory: ([\d.]+) GiB",
     "cache_gib": r"Available KV cache memory: ([\d.]+) GiB",
@@ -75,25 +84,24 @@ def run_engine(arguments: argparse.Namespace, log: Path) -> dict[str, Any]:
         engine["quantization"] = METHOD
         engine["hf_overrides"] = {"quantization_config": {"preset": arguments.preset}}
     with tempfile.TemporaryDirectory() as folder, log.open("w") as out:
-        script, settings = Path(folder) / "engine.py", Path(folder) / "logging.json"
+        script = Path(folder) / "engine.py"
         script.write_text(ENGINE)
-        settings.write_text(json.dumps(LOGGING))
         start = time.perf_counter()
-        done = subprocess.run(
+        process = start_engine(
             [sys.executable, str(script), json.dumps(engine)],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_LOGGING_CONFIG_PATH": str(settings)},
-            check=False,
+            env=os.environ | logging_environment(Path(folder)),
         )
+        try:
+            status = process.wait()
+        finally:
+            end_engine(process)
         seconds = time.perf_counter() - start
     text = log.read_text(errors="replace")
-    if done.returncode:
-        return {"error": text.splitlines()[-15:], "status": done.returncode}
-    found: dict[str, Any] = {"seconds": seconds}
-    for name, pattern in LOGGED.items():
-        if hit := re.search(pattern, text):
-            found[name] = float(hit[1].replace(",", ""))
+    if status:
+        return {"error": text.splitlines()[-15:], "status": status}
+    found: dict[str, Any] = {"seconds": seconds} | logged(text, LOGGED)
     for result in re.findall(r"^RESULT (.*)$", text, re.MULTILINE):
         found |= json.loads(result)
     return found
@@ -161,4 +169,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_engines_when_terminated()
     sys.exit(main())

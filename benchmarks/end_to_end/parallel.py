@@ -13,13 +13,9 @@ cannot measure that while the other gives memory back.
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,12 +26,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is on the path
 
 from benchmarks.common import (  # noqa: E402
-    end_engines_when_terminated,
     output_file,
     positive,
     require_config,
     versions,
     write_json,
+)
+from benchmarks.end_to_end.processes import (  # noqa: E402
+    end_engine,
+    end_engines_when_terminated,
+    start_engine,
 )
 from vllm_nanoquant.kernels.accuracy import mean_relative_error  # noqa: E402
 from vllm_nanoquant.recipe import METHOD, Preset  # noqa: E402
@@ -75,8 +75,7 @@ class Engine:
             "figures": str(self.figures),
         }
         command = [sys.executable, str(HERE / "parallel_engine.py"), json.dumps(job)]
-        # A session of its own: a signal reaches vLLM's processes, and no others.
-        self.process = subprocess.Popen(command, start_new_session=True)
+        self.process = start_engine(command)
 
     def result(self) -> dict[str, Any]:
         """Wait for its figures, and under "logits" its logits [prompts, vocabulary], fp32.
@@ -89,10 +88,8 @@ class Engine:
         return json.loads(self.figures.read_text()) | load_file(self.logits)
 
     def end(self) -> None:
-        """End what is left of it, and so give its GPUs back."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        """End what is left of it."""
+        end_engine(self.process)
 
 
 def compare(logits: torch.Tensor, expected: torch.Tensor) -> dict[str, Any]:

@@ -35,7 +35,6 @@ sys.path.insert(0, str(HERE.parents[1]))  # run as a script, only this folder is
 from benchmarks.common import (  # noqa: E402
     GEOMETRIES,
     NO_GPU,
-    end_engines_when_terminated,
     geometry_folder,
     output_file,
     positive,
@@ -44,28 +43,27 @@ from benchmarks.common import (  # noqa: E402
     write_json,
 )
 from benchmarks.end_to_end.contestants import NAMES, PEERS, engine_options, environment  # noqa: E402
+from benchmarks.end_to_end.processes import (  # noqa: E402
+    MODEL_GIB,
+    PEAK_GIB,
+    end_engine,
+    end_engines_when_terminated,
+    logged,
+    logging_environment,
+    signal_engine,
+    start_engine,
+)
 from vllm_nanoquant.recipe import METHOD  # noqa: E402
 
 GEOMETRY = GEOMETRIES / "nemotron-nano-9b-v2"
 # Of a prompt whose decoding is timed: PROMPT of engine.py, which cannot be read without vLLM.
 PROMPT_TOKENS = 32
 READY = "ready to be measured"
-# What vLLM says about memory; the peak is said at DEBUG level only. Its second model runner leaves
-# a word out.
 LOGGED = {
-    "weights_gib": r"Model loading took ([\d.]+) GiB",
+    "weights_gib": MODEL_GIB,
     "load_seconds": r"Model loading took [\d.]+ GiB(?: memory)? and ([\d.]+) seconds",
-    "peak_gib_while_loading": r"Peak GPU memory after loading weights: ([\d.]+) GiB",
+    "peak_gib_while_loading": PEAK_GIB,
     "graph_gib": r"Graph capturing finished in [\d.]+ secs?, took ([\d.]+) GiB",
-}
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
-    "loggers": {
-        "vllm": {"handlers": ["out"], "level": "INFO", "propagate": False},
-        "vllm.model_executor.model_loader.base_loader": {"level": "DEBUG"},
-    },
 }
 
 
@@ -93,8 +91,6 @@ class Engine:
     def __init__(self, arguments: argparse.Namespace, name: str, folder: Path) -> None:
         """Start it; what it prints goes to a file beside the output."""
         self.log = arguments.output.with_name(f"{arguments.output.stem}-{name}.log")
-        settings = folder / "logging.json"
-        settings.write_text(json.dumps(LOGGING))
         command = [
             sys.executable,
             str(HERE / "engine.py"),
@@ -105,42 +101,37 @@ class Engine:
             f"--repeats={arguments.repeats}",
             f"--ready={READY}",
         ]
-        ours = {
-            "VLLM_LOGGING_CONFIG_PATH": str(settings),
+        ours = logging_environment(folder) | {
             # A function of the benchmark's own goes to vLLM's worker, to replay its graphs.
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
         }
         if arguments.model_runner:
             ours["VLLM_USE_V2_MODEL_RUNNER"] = str(arguments.model_runner - 1)
         with self.log.open("w") as out:
-            self._process = subprocess.Popen(
+            self._process = start_engine(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=os.environ | ours | environment(name),
-                start_new_session=True,  # a signal reaches vLLM's processes, and no others
             )
 
     def wait_until_ready(self) -> None:
         """Return when it has started, or ended. It stands still then, so as not to disturb."""
         while self._process.poll() is None and f"\n{READY}\n" not in self._text():
             time.sleep(0.5)
-        self._signal(signal.SIGSTOP)
+        signal_engine(self._process, signal.SIGSTOP)
 
     def figures(self) -> dict[str, Any]:
         """Let it measure; its figures and what vLLM logged of it."""
-        self._signal(signal.SIGCONT)
+        signal_engine(self._process, signal.SIGCONT)
         with suppress(BrokenPipeError):  # it has ended, and its log says why
             self._process.communicate(b"go\n")
         text = self._text()
         found = re.search(r"^RESULT (.*)$", text, re.MULTILINE)
         if self._process.returncode or not found:
             return {"error": text.splitlines()[-15:], "status": self._process.returncode}
-        result = json.loads(found[1])
-        for name, pattern in LOGGED.items():
-            if hit := re.search(pattern, text):
-                result[name] = float(hit[1])
+        result = json.loads(found[1]) | logged(text, LOGGED)
         result["plugin"] = re.findall(rf"{METHOD}: (quantized .*)$", text, re.MULTILINE)
         result["kernels"] = sorted(set(re.findall(r"Using (\w+Kernel) for", text)))
         # The file that vLLM's update of Mamba states was tuned with, if any.
@@ -152,12 +143,7 @@ class Engine:
 
     def end(self) -> None:
         """End what is left of it."""
-        self._signal(signal.SIGKILL)
-        self._process.communicate()
-
-    def _signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+        end_engine(self._process)
 
     def _text(self) -> str:
         return self.log.read_text(errors="replace")

@@ -128,8 +128,8 @@ TERMINATED = """
 import json, sys, time
 from argparse import Namespace
 from pathlib import Path
-from benchmarks.common import end_engines_when_terminated
 from benchmarks.end_to_end import run
+from benchmarks.end_to_end.processes import end_engines_when_terminated
 def wait(engine):
     print(engine._process.pid, flush=True)
     time.sleep(600)

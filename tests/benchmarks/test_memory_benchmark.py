@@ -4,11 +4,13 @@
 import argparse
 import json
 import re
+import signal
 
 import pytest
 
 from benchmarks.end_to_end import memory
 from benchmarks.end_to_end.memory import GEOMETRY, LOGGED, planned
+from benchmarks.end_to_end.processes import start_engine
 from tests.benchmarks.mistakes import said
 from vllm_nanoquant.planner.numbers import MIB
 
@@ -25,6 +27,17 @@ LOG = """\
 utilization is (0.8, 111.84 GiB). Actual usage is 5.72 GiB for weight, 2.28 GiB for peak \
 activation, 0.23 GiB for non-torch memory, and 0.04 GiB for CUDAGraph memory.
 """
+
+
+ARGUMENTS = argparse.Namespace(
+    geometry=GEOMETRY,
+    preset="full",
+    max_model_len=4096,
+    max_num_seqs=8,
+    max_num_batched_tokens=16384,
+    tensor_parallel_size=1,
+    gpu_memory_utilization=0.8,
+)
 
 
 def test_every_figure_is_found():
@@ -47,16 +60,7 @@ def test_every_figure_is_found():
 
 
 def test_the_plan_has_figures_beside_them():
-    arguments = argparse.Namespace(
-        geometry=GEOMETRY,
-        preset="full",
-        max_model_len=4096,
-        max_num_seqs=8,
-        max_num_batched_tokens=16384,
-        tensor_parallel_size=1,
-        gpu_memory_utilization=0.8,
-    )
-    plan = planned(arguments, 143771 * MIB, "0.26.0")
+    plan = planned(ARGUMENTS, 143771 * MIB, "0.26.0")
     assert plan["block_tokens"] == 1312
     assert plan["cache_gib"] == pytest.approx(103.56, rel=0.03)
     assert plan.keys() - LOGGED.keys() == {"blocks", "needs", "cache"}
@@ -79,6 +83,28 @@ def test_mistakes_are_said_before_the_engine_starts(
     arguments = [each.replace("EMPTY", str(tmp_path)) for each in arguments]
     monkeypatch.setattr(memory, "run_engine", lambda *_: pytest.fail("an engine was started"))
     assert message in said(capsys, memory.main, "--output", tmp_path / "x.json", *arguments)
+
+
+def test_the_engine_is_ended_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "ENGINE", "import time; time.sleep(600)")
+    started = []
+
+    def interrupted(command, **options):
+        process = start_engine(command, **options)
+        wait = process.wait
+
+        def once():
+            process.wait = wait
+            raise KeyboardInterrupt
+
+        process.wait = once
+        started.append(process)
+        return process
+
+    monkeypatch.setattr(memory, "start_engine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.run_engine(ARGUMENTS, tmp_path / "engine.log")
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 @pytest.mark.parametrize("vllm", [{"error": ["no memory"], "status": 1}, {"cache_gib": 100.0}])

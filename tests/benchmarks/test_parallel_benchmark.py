@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.end_to_end import parallel
+from benchmarks.end_to_end import parallel, processes
 from benchmarks.end_to_end.run import GEOMETRY
 from tests.benchmarks.mistakes import said
 
@@ -36,13 +36,13 @@ def engines(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
     started = []
-    make = parallel.subprocess.Popen
+    make = processes.subprocess.Popen
 
     def popen(*arguments, **more):
         started.append(make(*arguments, **more))
         return started[-1]
 
-    monkeypatch.setattr(parallel.subprocess, "Popen", popen)
+    monkeypatch.setattr(processes.subprocess, "Popen", popen)
 
     def write(failing):
         text = FAKE_ENGINE.replace("FAILING", str(failing))
